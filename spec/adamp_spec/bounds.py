@@ -1,0 +1,187 @@
+"""Arrays that carry a bound on the error of any implementation that keeps to SPEC: PREC.
+
+`Bounded` holds the value in a wider type and, per element, how far a conforming implementation that
+computes in `dtype` may be from it. Each operation propagates the bounds of its operands in full
+(second-order terms included) and adds its own rounding: one for an elementwise operation, K(n) for a
+sum of n terms, 4 for a coefficient (PREC-2 to PREC-5). It speaks NumPy's protocols, so that
+`adamp_spec.oracle` runs on it unchanged.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+ROUNDINGS_OF_A_COEFFICIENT = 4
+
+
+def roundings_of_a_sum(terms: int) -> int:
+    """K(n): roundings allowed to a sum of n terms, relative to the sum of absolute values (PREC-4)."""
+    return 2 * math.ceil(math.log2(terms)) + 16 if terms > 0 else 0
+
+
+class Limits(NamedTuple):
+    """Unit roundoff, smallest normal and largest finite number of a floating-point type."""
+
+    unit: float
+    tiny: float
+    largest: float
+
+
+def limits(dtype: np.dtype) -> Limits:
+    """`Limits` of any NumPy float type, bfloat16 from ml_dtypes included."""
+    if dtype.name == "bfloat16":  # NumPy's finfo does not know it
+        return Limits(2.0**-8, 2.0**-126, (2 - 2.0**-7) * 2.0**127)
+    info = np.finfo(dtype)
+    return Limits(float(info.eps) / 2, float(info.tiny), info.max)
+
+
+class Possible(NamedTuple):
+    """The truth of a comparison between bounded values: each entry may be certain, possible or neither."""
+
+    certain: np.ndarray
+    possible: np.ndarray
+
+    def __array_function__(self, function: Callable, types: Any, args: Any, kwargs: Any) -> Possible:
+        if function is not np.all:
+            return NotImplemented
+        (truth,) = args
+        return Possible(np.all(truth.certain, **kwargs), np.all(truth.possible, **kwargs))
+
+
+class Bounded(np.lib.mixins.NDArrayOperatorsMixin):
+    """Values with error bounds.
+
+    Args:
+      value: exact or reference values, any real float type.
+      error: how far an implementation may be off, per element (0: it holds the value exactly).
+      dtype: the type that the implementation holds the values in.
+    """
+
+    def __init__(self, value: np.ndarray, error: np.ndarray | float, dtype: np.dtype) -> None:
+        self.value = value
+        self.error = np.broadcast_to(error, np.shape(value))
+        self.dtype = dtype
+
+    @classmethod
+    def exact(cls, values: np.ndarray) -> Bounded:
+        """What both sides hold: the inputs of a step."""
+        wide = np.longdouble if values.dtype.itemsize >= 8 else np.float64
+        return cls(values.astype(wide), 0.0, values.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return np.shape(self.value)
+
+    def astype(self, dtype: np.dtype) -> Bounded:
+        """Rounding to `dtype`: exact when it is at least as precise."""
+        if limits(dtype).unit <= limits(self.dtype).unit:
+            return Bounded(self.value, self.error, dtype)
+        return _rounded(self.value, self.error, dtype, 1)
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        if method != "__call__" or kwargs or ufunc not in _UFUNCS:
+            return NotImplemented
+        operands = [x if isinstance(x, Bounded) else Bounded(np.asarray(x, self.value.dtype), 0.0, self.dtype) for x in inputs]
+        with np.errstate(all="ignore"):
+            return _UFUNCS[ufunc](*operands)
+
+    def __array_function__(self, function: Callable, types: Any, args: Any, kwargs: Any) -> Any:
+        if function not in _FUNCTIONS:
+            return NotImplemented
+        with np.errstate(all="ignore"):
+            return _FUNCTIONS[function](*args, **kwargs)
+
+
+def _rounded(value: np.ndarray, error: np.ndarray, dtype: np.dtype, roundings: int, scale: np.ndarray | None = None) -> Bounded:
+    """`value` known to `error`, after `roundings` roundings relative to `scale` (by default |value| + error)."""
+    unit, tiny, largest = limits(dtype)
+    unit += float(np.finfo(value.dtype).eps) / 2  # the reference rounds too
+    scale = np.abs(value) + error if scale is None else scale
+    bound = error + roundings * unit * scale
+    bound = np.where(bound + scale > 0, bound + tiny, bound)  # underflow, to a subnormal or to zero (PREC-5)
+    bound = np.where(np.abs(value) + bound > largest, np.inf, bound)  # may overflow: no statement
+    return Bounded(value, np.where(np.isfinite(value), bound, 0.0), dtype)
+
+
+def _add(a: Bounded, b: Bounded) -> Bounded:
+    return _rounded(a.value + b.value, a.error + b.error, a.dtype, 1)
+
+
+def _subtract(a: Bounded, b: Bounded) -> Bounded:
+    return _rounded(a.value - b.value, a.error + b.error, a.dtype, 1)
+
+
+def _multiply(a: Bounded, b: Bounded) -> Bounded:
+    error = np.abs(a.value) * b.error + np.abs(b.value) * a.error + a.error * b.error
+    return _rounded(a.value * b.value, error, a.dtype, 1)
+
+
+def _divide(a: Bounded, b: Bounded) -> Bounded:
+    value = a.value / b.value
+    room = np.abs(b.value) - b.error  # distance of the divisor from zero
+    error = np.where(room > 0, (a.error + np.abs(value) * b.error) / room, np.inf)
+    return _rounded(value, np.where(a.error + b.error == 0, 0.0, error), a.dtype, 1)
+
+
+def _sqrt(a: Bounded) -> Bounded:
+    value = np.sqrt(a.value)
+    low = np.sqrt(np.maximum(a.value - a.error, 0))
+    high = np.sqrt(a.value + a.error)
+    error = np.where(value > 0, np.maximum(a.error / (value + low), high - value), high)
+    return _rounded(value, np.where(a.error == 0, 0.0, error), a.dtype, 1)
+
+
+def _absolute(a: Bounded) -> Bounded:
+    return Bounded(np.abs(a.value), a.error, a.dtype)
+
+
+def _maximum(a: Bounded, b: Bounded) -> Bounded:
+    return Bounded(np.maximum(a.value, b.value), np.maximum(a.error, b.error), a.dtype)
+
+
+def _less(a: Bounded, b: Bounded) -> Possible:
+    apart = a.error + b.error
+    return Possible(a.value + apart < b.value, a.value - apart < b.value)
+
+
+def _sum(a: Bounded, axis: tuple[int, ...], keepdims: bool) -> Bounded:
+    terms = math.prod(a.shape[i] for i in axis)
+    value, error, scale = (np.sum(x, axis=axis, keepdims=keepdims) for x in (a.value, a.error, np.abs(a.value) + a.error))
+    return _rounded(value, error, a.dtype, roundings_of_a_sum(terms), scale)
+
+
+def _where(condition: np.ndarray, a: Bounded, b: Bounded) -> Bounded:
+    return Bounded(np.where(condition, a.value, b.value), np.where(condition, a.error, b.error), a.dtype)
+
+
+def _reshape(a: Bounded, shape: tuple[int, ...]) -> Bounded:
+    return Bounded(np.reshape(a.value, shape), np.reshape(a.error, shape), a.dtype)
+
+
+def _full_like(like: Bounded, value: float | np.longdouble, shape: tuple[int, ...]) -> Bounded:
+    """A coefficient (PREC-2); 0 and 1 are exact."""
+    wide = np.full(shape, value, like.value.dtype)
+    exact = value in (0, 1)
+    return Bounded(wide, 0.0, like.dtype) if exact else _rounded(wide, np.zeros(shape), like.dtype, ROUNDINGS_OF_A_COEFFICIENT)
+
+
+_UFUNCS: dict[np.ufunc, Callable[..., Any]] = {
+    np.add: _add,
+    np.subtract: _subtract,
+    np.multiply: _multiply,
+    np.divide: _divide,
+    np.sqrt: _sqrt,
+    np.absolute: _absolute,
+    np.maximum: _maximum,
+    np.less: _less,
+}
+_FUNCTIONS: dict[Callable, Callable[..., Any]] = {
+    np.sum: _sum,
+    np.where: _where,
+    np.reshape: _reshape,
+    np.full_like: _full_like,
+}
