@@ -24,10 +24,10 @@ def roundings_of_a_sum(terms: int) -> int:
 
 
 class Limits(NamedTuple):
-    """Unit roundoff, smallest normal and largest finite number of a floating-point type."""
+    """Unit roundoff, largest error of an underflow, and largest finite number of a floating-point type."""
 
     unit: float
-    tiny: float
+    underflow: float
     largest: float
 
 
@@ -36,7 +36,9 @@ def limits(dtype: np.dtype) -> Limits:
     if dtype.name == "bfloat16":  # NumPy's finfo does not know it
         return Limits(2.0**-8, 2.0**-126, (2 - 2.0**-7) * 2.0**127)
     info = np.finfo(dtype)
-    return Limits(float(info.eps) / 2, float(info.tiny), info.max)
+    keeps_subnormals = dtype.itemsize == 2  # PREC-5
+    underflow = float(info.smallest_subnormal) / 2 if keeps_subnormals else info.tiny
+    return Limits(float(info.eps) / 2, underflow, info.max)
 
 
 class Possible(NamedTuple):
@@ -98,11 +100,11 @@ class Bounded(np.lib.mixins.NDArrayOperatorsMixin):
 
 def _rounded(value: np.ndarray, error: np.ndarray, dtype: np.dtype, roundings: int, scale: np.ndarray | None = None) -> Bounded:
     """`value` known to `error`, after `roundings` roundings relative to `scale` (by default |value| + error)."""
-    unit, tiny, largest = limits(dtype)
+    unit, underflow, largest = limits(dtype)
     unit += float(np.finfo(value.dtype).eps) / 2  # the reference rounds too
     scale = np.abs(value) + error if scale is None else scale
     bound = error + roundings * unit * scale
-    bound = np.where(bound + scale > 0, bound + tiny, bound)  # underflow, to a subnormal or to zero (PREC-5)
+    bound = np.where(bound + scale > 0, bound + underflow, bound)  # PREC-5
     bound = np.where(np.abs(value) + bound > largest, np.inf, bound)  # may overflow: no statement
     return Bounded(value, np.where(np.isfinite(value), bound, 0.0), dtype)
 
@@ -144,8 +146,8 @@ def _maximum(a: Bounded, b: Bounded) -> Bounded:
 
 
 def _less(a: Bounded, b: Bounded) -> Possible:
-    apart = a.error + b.error
-    return Possible(a.value + apart < b.value, a.value - apart < b.value)
+    """The one comparison of the oracle: `a` is a cosine's absolute value, so no implementation gets it below 0."""
+    return Possible(a.value + a.error < b.value - b.error, np.maximum(a.value - a.error, 0) < b.value + b.error)
 
 
 def _sum(a: Bounded, axis: tuple[int, ...], keepdims: bool) -> Bounded:

@@ -126,14 +126,12 @@ def _project(
     return q, branch, ratio
 
 
-def decide(p: Array, g: Array, hyper: AdamPHyper | SGDPHyper, rows: Rows) -> tuple[Array, Array]:
-    """Whether each slice passes the channel test and whether it passes the layer test.
-
-    `p` and `g` have the shape `rows.shape`; both results have the shape `rows.slices`.
-    """
+def decide(param: Array, grad: Array, hyper: AdamPHyper | SGDPHyper, rows: Rows) -> tuple[Array, Array]:
+    """Whether each slice passes the channel test and whether it passes the layer test; shaped `rows.slices`."""
     if not rows.projects:
         nothing = np.zeros(rows.slices, bool)
         return nothing, nothing
+    p, g = _load(param, rows), _load(grad, rows)
     eps = _coefficient(hyper.eps, p)
 
     def orthogonal(axes: tuple[int, ...]) -> Array:

@@ -1,0 +1,1 @@
+"""One module per implementation; importing one imports its framework."""

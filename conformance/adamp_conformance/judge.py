@@ -1,0 +1,193 @@
+"""The verdict on one step: how far a result is from the oracle's, in units of the derived bound (SPEC: PREC)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adamp_conformance.adapter import MOMENTS, Arrays, State
+from adamp_spec import (
+    AdamPHyper,
+    AdamPState,
+    Bounded,
+    Branch,
+    Layout,
+    Possible,
+    SGDPHyper,
+    SGDPState,
+    adamp_step,
+    decide,
+    sgdp_step,
+)
+
+ALGORITHMS: dict[str, tuple[Any, Any, Any]] = {
+    "adamp": (AdamPHyper, AdamPState, adamp_step),
+    "sgdp": (SGDPHyper, SGDPState, sgdp_step),
+}
+
+
+class Undecidable(Exception):
+    """The bound of some value is infinite, so no verdict is possible: the inputs overflow the working type."""
+
+
+class Expected(NamedTuple):
+    """One legal outcome of a step on one tensor: `p`, `m`, `v` with their bounds."""
+
+    branch: Branch
+    tensors: dict[str, Bounded]
+    legal: np.ndarray  # per slice
+
+
+class Place(NamedTuple):
+    """One element of one array of the state."""
+
+    parameter: str
+    tensor: str
+    index: tuple[int, ...]
+
+
+class Verdict(NamedTuple):
+    """What the judge says of a step.
+
+    Attributes:
+      margin: largest |got - expected| / bound; the step conforms when it is at most 1.
+      place: where the margin was found, None when everything is exact.
+      branches: name -> branch taken, per slice.
+      ambiguous: whether some slice had more than one legal outcome.
+      problem: what is wrong beyond numbers (a dtype, a shape, the step count), or None.
+    """
+
+    margin: float
+    place: Place | None
+    branches: dict[str, np.ndarray]
+    ambiguous: bool
+    problem: str | None = None
+
+    @property
+    def conforms(self) -> bool:
+        return self.problem is None and self.margin <= 1.0
+
+
+def expected_outcomes(
+    algorithm: str, hyper: Mapping[str, Any], layout: Layout, before: Mapping[str, np.ndarray], step: int, gradient: np.ndarray, exact: bool = False
+) -> list[Expected]:
+    """Every outcome that is legal for some slice of one tensor.
+
+    Args:
+      algorithm, hyper, layout: the problem.
+      before: `p`, `m`, `v` before the step.
+      step: steps taken before it.
+      gradient: of the step.
+      exact: whether every operation of the decision is exact in any working type, so that a cosine
+        on the threshold is decided although its interval straddles it.
+
+    Raises:
+      Undecidable: a bound is infinite.
+    """
+    make_hyper, make_state, take_step = ALGORITHMS[algorithm]
+    hyper = make_hyper(**hyper)
+    rows = layout.rows(gradient.shape)
+    p, g = Bounded.exact(before["p"]), Bounded.exact(gradient)
+    state = make_state(step, *(Bounded.exact(before[moment]) for moment in MOMENTS[algorithm]))
+
+    widest = before["p"].astype(np.longdouble), gradient.astype(np.longdouble)
+    tests = decide(*(widest if exact else (p, g)), hyper, rows)
+    channel, layer = (test if isinstance(test, Possible) else Possible(test, test) for test in tests)
+    legal = {
+        Branch.CHANNEL: channel.possible,
+        Branch.LAYER: ~channel.certain & layer.possible,
+        Branch.NONE: ~channel.certain & ~layer.certain,
+    }
+    outcomes = []
+    for branch, slices in legal.items():
+        if np.any(slices) or gradient.size == 0 and branch == Branch.NONE:
+            new_p, new_state, _ = take_step(p, g, state, hyper, layout, branch=np.full(rows.slices, branch))
+            tensors = {"p": new_p} | dict(zip(MOMENTS[algorithm], new_state[1:], strict=True))
+            for name, bounded in tensors.items():
+                if not np.all(np.isfinite(bounded.error)):
+                    raise Undecidable(f"the bound of {name} is infinite on the branch {branch.name.lower()}")
+            outcomes.append(Expected(branch, tensors, slices))
+    return outcomes
+
+
+def margins(got: np.ndarray, expected: Bounded) -> np.ndarray:
+    """|got - expected| / bound per element; 0 where equal or both NaN, infinite where only one is finite."""
+    value = got.astype(expected.value.dtype)
+    same = (value == expected.value) | (np.isnan(value) & np.isnan(expected.value))
+    with np.errstate(all="ignore"):
+        ratio = np.abs(value - expected.value) / expected.error
+    return np.where(same, 0.0, np.where(np.isnan(ratio), np.inf, ratio)).astype(np.float64)
+
+
+def judge_step(
+    algorithm: str,
+    hyper: Mapping[str, Any],
+    layouts: Mapping[str, Layout],
+    before: State,
+    gradients: Arrays,
+    after: State,
+    exact: frozenset[str] = frozenset(),
+) -> Verdict:
+    """Judges one step of a whole problem.
+
+    In every slice all tensors must match the same legal outcome (PREC-8); where the implementation
+    reports its branch, that outcome.
+
+    Raises:
+      Undecidable: see `expected_outcomes`.
+    """
+    worst, place, ambiguous = 0.0, None, False
+    branches = {}
+    problem = _mismatch(before, after)
+    if problem:
+        return Verdict(np.inf, None, {}, False, problem)
+    for name, gradient in gradients.items():
+        layout = layouts[name]
+        rows = layout.rows(gradient.shape)
+        outcomes = expected_outcomes(algorithm, hyper, layout, before.tensors(name), before.step, gradient, name in exact)
+        got = after.tensors(name)
+        scores = []
+        for outcome in outcomes:
+            legal = outcome.legal
+            if after.branches is not None:
+                legal = legal & (after.branches[name] == outcome.branch)
+            by_tensor = {tensor: margins(got[tensor], expected) for tensor, expected in outcome.tensors.items()}
+            reduced = np.max([_per_slice(x, rows) for x in by_tensor.values()], axis=0)
+            scores.append((np.where(legal, reduced, np.inf), outcome.branch, by_tensor))
+        ambiguous |= bool(np.any(np.sum([outcome.legal for outcome in outcomes], axis=0) > 1))
+        per_outcome = np.stack([score for score, _, _ in scores])
+        choice = np.argmin(per_outcome, axis=0)
+        branches[name] = np.choose(choice, [int(branch) for _, branch, _ in scores])
+        margin = float(np.max(np.min(per_outcome, axis=0), initial=0.0))
+        if margin > worst:
+            worst, place = margin, _worst_place(name, choice, scores, rows)
+    return Verdict(worst, place, branches, ambiguous)
+
+
+def _mismatch(before: State, after: State) -> str | None:
+    if after.step != before.step + 1:
+        return f"the step count went from {before.step} to {after.step}"
+    for name in before.parameters:
+        for tensor, old in before.tensors(name).items():
+            new = after.tensors(name)[tensor]
+            if new.shape != old.shape or new.dtype != old.dtype:
+                return f"{tensor} of {name} went from {old.dtype}{list(old.shape)} to {new.dtype}{list(new.shape)}"
+    return None
+
+
+def _per_slice(x: np.ndarray, rows: Any) -> np.ndarray:
+    inner = tuple(axis for axis in range(len(rows.shape)) if axis not in rows.batch)
+    return np.max(x.reshape(rows.shape), axis=inner, keepdims=True, initial=0.0)
+
+
+def _worst_place(name: str, choice: np.ndarray, scores: list, rows: Any) -> Place:
+    chosen = {
+        tensor: np.choose(np.broadcast_to(choice, rows.shape), [by[tensor].reshape(rows.shape) for _, _, by in scores])
+        for tensor in scores[0][2]
+    }
+    tensor = max(chosen, key=lambda key: np.max(chosen[key], initial=0.0))
+    shape = scores[0][2][tensor].shape
+    index = np.unravel_index(int(np.argmax(chosen[tensor])), shape) if shape else ()
+    return Place(name, tensor, tuple(int(i) for i in index))
