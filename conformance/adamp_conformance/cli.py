@@ -16,7 +16,7 @@ from adamp_conformance import report
 from adamp_conformance.adapter import DTYPES
 from adamp_conformance.implementations import IMPLEMENTATIONS, Implementation, select
 from adamp_conformance.modes import MODES, Problem, start, walk
-from adamp_conformance.results import EXIT_ADAPTER, EXIT_CORPUS, Result, exit_code, write
+from adamp_conformance.results import EXIT_ADAPTER, EXIT_CONFORMS, EXIT_CORPUS, EXIT_FAILED, Result, exit_code, write
 from adamp_conformance.suite import CASES, Selection, load
 from adamp_conformance.suite import run as run_checks
 from adamp_spec import SPEC_VERSION
@@ -83,7 +83,7 @@ def list_cases() -> None:
     """List the cases, what each is for, and the implementations."""
     table = Table("case", "modes", "dtypes", "tensors", "clauses")
     for case in CASES:
-        tensors = ", ".join(getattr(case, "tensors", {})) or case.purpose
+        tensors = ", ".join(case.tensors) or case.purpose
         table.add_row(case.id, ", ".join(case.modes), ", ".join(case.dtypes), tensors, ", ".join(case.clauses))
     console.print(table)
     implementations = Table("implementation", "installed", "install with")
@@ -118,9 +118,9 @@ def explain(case_id: str, backends: Sequence[str], dtype: str, device: str) -> N
         problem = Problem(case, dtype, capabilities[name].weights)
         outcome = walk(start(make, problem), problem, case.steps)
         assert outcome.worst is not None
-        report.print_explanation(console, problem, name, case.modes[0], outcome.worst)
+        report.print_explanation(console, problem, name, outcome.worst)
         conforms &= outcome.problem is None
-    sys.exit(0 if conforms else 1)
+    sys.exit(EXIT_CONFORMS if conforms else EXIT_FAILED)
 
 
 def _chosen(backends: Sequence[str]) -> list[Implementation]:

@@ -8,7 +8,7 @@ framework stores them. Nothing tells the implementation which axis is which: its
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -22,25 +22,34 @@ from adamp_conformance.cases import Random
 from adamp_spec import Layout
 
 BATCH = 64
+EPOCHS = 15
+LEARNING_RATE = 1e-2
 
 # name in a torch model, name in a Keras or Flax model, shape (out, in, ...) in torch
 PARAMETERS = (
-    ("conv1.weight", "conv2d/kernel", (8, 1, 3, 3)),
-    ("bn1.weight", "batch_normalization/gamma", (8,)),
-    ("bn1.bias", "batch_normalization/beta", (8,)),
-    ("conv2.weight", "conv2d_1/kernel", (16, 8, 3, 3)),
-    ("bn2.weight", "batch_normalization_1/gamma", (16,)),
-    ("bn2.bias", "batch_normalization_1/beta", (16,)),
-    ("fc.weight", "dense/kernel", (10, 64)),
+    ("conv1.weight", "conv2d/kernel", (16, 1, 3, 3)),
+    ("bn1.weight", "batch_normalization/gamma", (16,)),
+    ("bn1.bias", "batch_normalization/beta", (16,)),
+    ("conv2.weight", "conv2d_1/kernel", (32, 16, 3, 3)),
+    ("bn2.weight", "batch_normalization_1/gamma", (32,)),
+    ("bn2.bias", "batch_normalization_1/beta", (32,)),
+    ("fc.weight", "dense/kernel", (10, 32)),
     ("fc.bias", "dense/bias", (10,)),
 )
 
 
 @cache
 def data() -> tuple[np.ndarray, np.ndarray]:
-    """1797 images, (8, 8) in [0, 1], and their one-hot labels."""
+    """1797 images, (8, 8) in [0, 1], and their labels."""
     images, labels = load_digits(return_X_y=True)
-    return images.reshape(-1, 8, 8) / 16.0, np.eye(10)[labels]
+    return images.reshape(-1, 8, 8) / 16.0, labels
+
+
+def split() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """(images, labels) to train on, four fifths, and to test on; dealt out in turn."""
+    images, labels = data()
+    test = np.arange(len(images)) % 5 == 4
+    return (images[~test], labels[~test]), (images[test], labels[test])
 
 
 def to_keras(weight: np.ndarray) -> np.ndarray:
@@ -58,18 +67,24 @@ _FROM_TORCH = {"torch": np.asarray, "keras": to_keras}
 
 
 def loss(weights: list[Any], images: np.ndarray, labels: np.ndarray) -> Any:
-    """Mean cross-entropy of conv-BN-ReLU-pool, twice, and a linear layer; weights in torch's form."""
+    """Mean cross-entropy of twice convolution, normalisation, ReLU and mean pooling, then a linear layer.
+
+    Args:
+      weights: the tensors of `PARAMETERS` in torch's form.
+      images: (n, 8, 8).
+      labels: (n, 10), one-hot.
+    """
     conv1, scale1, shift1, conv2, scale2, shift2, dense, bias = weights
     x = images[:, None]
-    for kernel, scale, shift in ((conv1, scale1, shift1), (conv2, scale2, shift2)):
+    for kernel, scale, shift, pool in ((conv1, scale1, shift1, 2), (conv2, scale2, shift2, 4)):
         x = _convolve(x, kernel)
         mean = anp.mean(x, axis=(0, 2, 3), keepdims=True)
         variance = anp.mean((x - mean) ** 2, axis=(0, 2, 3), keepdims=True)
         x = (x - mean) / anp.sqrt(variance + 1e-5) * scale[None, :, None, None] + shift[None, :, None, None]
         x = anp.maximum(x, 0)
         n, c, h, w = x.shape
-        x = anp.mean(anp.reshape(x, (n, c, h // 2, 2, w // 2, 2)), axis=(3, 5))
-    logits = anp.dot(anp.reshape(x, (x.shape[0], -1)), dense.T) + bias
+        x = anp.mean(anp.reshape(x, (n, c, h // pool, pool, w // pool, pool)), axis=(3, 5))
+    logits = anp.dot(x[:, :, 0, 0], dense.T) + bias
     logits = logits - anp.max(logits, axis=1, keepdims=True)
     return anp.mean(anp.log(anp.sum(anp.exp(logits), axis=1)) - anp.sum(logits * labels, axis=1))
 
@@ -96,6 +111,7 @@ class DigitsCase:
     clauses: tuple[str, ...] = ("LAYOUT-6", "LAYOUT-7", "STATE-1")
     dtypes: tuple[str, ...] = ("float32",)
     modes: tuple[str, ...] = ("shadow", "transplant")
+    tensors: Mapping[str, Any] = field(default_factory=dict)
     exact: frozenset[str] = frozenset()
     step: int = 0
 
@@ -103,10 +119,7 @@ class DigitsCase:
         return {name: Layout(0 if weights == "torch" else -1) for name in _names(weights)}
 
     def parameters(self, dtype: str, weights: str) -> dict[str, Parameter]:
-        values = (_FROM_TORCH[weights](_initial(*parameter)) for parameter in PARAMETERS)
-        return {
-            name: Parameter(value.astype(DTYPES[dtype]), None) for name, value in zip(_names(weights), values, strict=True)
-        }
+        return {name: Parameter(x.astype(DTYPES[dtype]), None) for name, x in initial_weights(weights).items()}
 
     def initial(self, dtype: str, weights: str) -> State:
         values = {name: parameter.value for name, parameter in self.parameters(dtype, weights).items()}
@@ -125,7 +138,7 @@ class DigitsCase:
         chosen = (np.arange(BATCH) + index * BATCH) * 7 % len(images)
         names = _names(weights)
         torch_form = [_TO_TORCH[weights](parameters[name].astype(np.float64)) for name in names]
-        gradients = grad(loss)(torch_form, images[chosen], labels[chosen])
+        gradients = grad(loss)(torch_form, images[chosen], np.eye(10)[labels[chosen]])
         return {
             name: _FROM_TORCH[weights](gradient).astype(parameters[name].dtype)
             for name, gradient in zip(names, gradients, strict=True)
@@ -136,7 +149,14 @@ def _names(weights: str) -> list[str]:
     return [torch_name if weights == "torch" else keras_name for torch_name, keras_name, _ in PARAMETERS]
 
 
-def _initial(name: str, _: str, shape: tuple[int, ...]) -> np.ndarray:
+def initial_weights(weights: str) -> dict[str, np.ndarray]:
+    """Name -> initial value (float64) of each parameter, in `torch` or `keras` form."""
+    values = (_initial(name, shape) for name, _, shape in PARAMETERS)
+    return {name: _FROM_TORCH[weights](x) for name, x in zip(_names(weights), values, strict=True)}
+
+
+def _initial(name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """He's uniform initialisation for kernels, 1 for scales, 0 for shifts."""
     if len(shape) == 1:
         return np.ones(shape) if name.startswith("bn") and name.endswith("weight") else np.zeros(shape)
     fan_in = int(np.prod(shape[1:]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from adamp_spec import (
     Branch,
     Layout,
     Possible,
+    Rows,
     SGDPHyper,
     SGDPState,
     adamp_step,
@@ -71,7 +72,13 @@ class Verdict(NamedTuple):
 
 
 def expected_outcomes(
-    algorithm: str, hyper: Mapping[str, Any], layout: Layout, before: Mapping[str, np.ndarray], step: int, gradient: np.ndarray, exact: bool = False
+    algorithm: str,
+    hyper: Mapping[str, Any],
+    layout: Layout,
+    before: Mapping[str, np.ndarray],
+    step: int,
+    gradient: np.ndarray,
+    exact: bool = False,
 ) -> list[Expected]:
     """Every outcome that is legal for some slice of one tensor.
 
@@ -102,7 +109,7 @@ def expected_outcomes(
     }
     outcomes = []
     for branch, slices in legal.items():
-        if np.any(slices) or gradient.size == 0 and branch == Branch.NONE:
+        if np.any(slices):
             new_p, new_state, _ = take_step(p, g, state, hyper, layout, branch=np.full(rows.slices, branch))
             tensors = {"p": new_p} | dict(zip(MOMENTS[algorithm], new_state[1:], strict=True))
             for name, bounded in tensors.items():
@@ -138,32 +145,55 @@ def judge_step(
     Raises:
       Undecidable: see `expected_outcomes`.
     """
+    if problem := _mismatch(before, after):
+        return Verdict(np.inf, None, {}, False, problem)
     worst, place, ambiguous = 0.0, None, False
     branches = {}
-    problem = _mismatch(before, after)
-    if problem:
-        return Verdict(np.inf, None, {}, False, problem)
     for name, gradient in gradients.items():
-        layout = layouts[name]
-        rows = layout.rows(gradient.shape)
-        outcomes = expected_outcomes(algorithm, hyper, layout, before.tensors(name), before.step, gradient, name in exact)
+        rows = layouts[name].rows(gradient.shape)
+        outcomes = expected_outcomes(
+            algorithm, hyper, layouts[name], before.tensors(name), before.step, gradient, name in exact
+        )
         got = after.tensors(name)
-        scores = []
+        scores = []  # per outcome: the worst margin of each slice, over all tensors jointly
         for outcome in outcomes:
-            legal = outcome.legal
-            if after.branches is not None:
-                legal = legal & (after.branches[name] == outcome.branch)
-            by_tensor = {tensor: margins(got[tensor], expected) for tensor, expected in outcome.tensors.items()}
-            reduced = np.max([_per_slice(x, rows) for x in by_tensor.values()], axis=0)
-            scores.append((np.where(legal, reduced, np.inf), outcome.branch, by_tensor))
+            reported = after.branches is None or after.branches[name] == outcome.branch
+            per_tensor = [_per_slice(margins(got[tensor], bounded), rows) for tensor, bounded in outcome.tensors.items()]
+            scores.append(np.where(outcome.legal & reported, np.max(per_tensor, axis=0), np.inf))
+        chosen = np.argmin(scores, axis=0)
+        branches[name] = np.choose(chosen, [outcome.branch for outcome in outcomes])
         ambiguous |= bool(np.any(np.sum([outcome.legal for outcome in outcomes], axis=0) > 1))
-        per_outcome = np.stack([score for score, _, _ in scores])
-        choice = np.argmin(per_outcome, axis=0)
-        branches[name] = np.choose(choice, [int(branch) for _, branch, _ in scores])
-        margin = float(np.max(np.min(per_outcome, axis=0), initial=0.0))
-        if margin > worst:
-            worst, place = margin, _worst_place(name, choice, scores, rows)
+        margin = float(np.max(np.min(scores, axis=0), initial=0.0))
+        if margin > worst or place is None:
+            elements = worst_elements(got, outcomes, branches[name], rows)
+            tensor = max(elements, key=lambda key: elements[key].margin, default="p")
+            worst = margin
+            place = Place(name, tensor, elements[tensor].index) if elements else None
     return Verdict(worst, place, branches, ambiguous)
+
+
+class Element(NamedTuple):
+    """The worst element of one array, and the outcome that it was compared with."""
+
+    index: tuple[int, ...]
+    margin: float
+    bounded: Bounded
+
+
+def worst_elements(
+    got: Mapping[str, np.ndarray], outcomes: Sequence[Expected], branches: np.ndarray, rows: Rows
+) -> dict[str, Element]:
+    """Where `p` and each moment are worst, each slice compared with the outcome of its branch; empty for no elements."""
+    worst: dict[str, Element] = {}
+    for tensor, array in got.items():
+        for outcome in outcomes:
+            bounded = outcome.tensors[tensor]
+            here = np.broadcast_to(branches == outcome.branch, rows.shape).reshape(array.shape)
+            score = np.where(here, margins(array, bounded), -1.0)
+            if array.size and (tensor not in worst or score.max() > worst[tensor].margin):
+                index = tuple(int(i) for i in np.unravel_index(int(np.argmax(score)), array.shape))
+                worst[tensor] = Element(index, float(score[index]), bounded)
+    return worst
 
 
 def _mismatch(before: State, after: State) -> str | None:
@@ -177,17 +207,6 @@ def _mismatch(before: State, after: State) -> str | None:
     return None
 
 
-def _per_slice(x: np.ndarray, rows: Any) -> np.ndarray:
+def _per_slice(x: np.ndarray, rows: Rows) -> np.ndarray:
     inner = tuple(axis for axis in range(len(rows.shape)) if axis not in rows.batch)
     return np.max(x.reshape(rows.shape), axis=inner, keepdims=True, initial=0.0)
-
-
-def _worst_place(name: str, choice: np.ndarray, scores: list, rows: Any) -> Place:
-    chosen = {
-        tensor: np.choose(np.broadcast_to(choice, rows.shape), [by[tensor].reshape(rows.shape) for _, _, by in scores])
-        for tensor in scores[0][2]
-    }
-    tensor = max(chosen, key=lambda key: np.max(chosen[key], initial=0.0))
-    shape = scores[0][2][tensor].shape
-    index = np.unravel_index(int(np.argmax(chosen[tensor])), shape) if shape else ()
-    return Place(name, tensor, tuple(int(i) for i in index))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from adamp_conformance.adapter import DTYPES, Capabilities
+from adamp_conformance.adapter import Capabilities
 from adamp_conformance.implementations import Implementation
-from adamp_conformance.judge import expected_outcomes
+from adamp_conformance.judge import expected_outcomes, worst_elements
 from adamp_conformance.modes import Problem, Step
 from adamp_conformance.results import ERRORED, FAILED, PASSED, SKIPPED, Result
 from adamp_conformance.spec_files import clauses
-from adamp_spec import Bounded, Branch
+from adamp_spec import Branch, Layout
 
 SHOWN_FAILURES = 20
 
@@ -37,32 +36,35 @@ def print_results(console: Console, results: Sequence[Result], capabilities: Map
     for result in results:
         by_implementation[result.implementation].append(result)
 
-    table = Table(title="Conformance", caption="margin = largest |got - expected| / bound; at most 1 conforms", caption_justify="left")
-    table.add_column("implementation", no_wrap=True)
-    for title in ("passed", "failed", "errored", "skipped"):
-        table.add_column(title, justify="right")
-    for dtype in DTYPES:
-        table.add_column(f"{dtype}\nmargin", justify="right")
+    table = Table(title="checks, and worst margin per dtype", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for title in ("passed", "fail", "error", "skip", *_SHORT.values()):
+        table.add_column(title, justify="right", no_wrap=True)
     for name, mine in by_implementation.items():
-        counts = {status: sum(x.status == status for x in mine) for status in (PASSED, FAILED, ERRORED, SKIPPED)}
-        cells = [f"{counts[PASSED]}/{len(mine)}"]
-        cells += [f"[red]{n}[/]" if n else "0" for n in (counts[FAILED], counts[ERRORED])]
-        cells += [str(counts[SKIPPED])]
-        cells += [_worst_margin(mine, dtype) for dtype in DTYPES]
+        counts = Counter(result.status for result in mine)
         color = "red" if counts[FAILED] or counts[ERRORED] else "green"
-        table.add_row(f"[{color}]{name}[/]", *cells)
+        table.add_row(
+            f"[{color}]{name}[/]",
+            f"{counts[PASSED]}/{len(mine)}",
+            *(f"[red]{counts[status]}[/]" if counts[status] else "0" for status in (FAILED, ERRORED)),
+            str(counts[SKIPPED]),
+            *(_worst_margin(mine, dtype) for dtype in _SHORT),
+        )
     console.print(table)
+    console.print("margin: largest |got - expected| / bound of any judged step; at most 1 conforms", style="dim")
     for name in by_implementation:
-        console.print(f"  {name}: {capabilities[name].version}", style="dim")
+        console.print(f"{name}: {capabilities[name].version}", style="dim", highlight=False)
 
     bad = [x for x in results if x.status in (FAILED, ERRORED)]
     for x in bad[:SHOWN_FAILURES]:
-        console.print(f"[red]{x.status}[/] {x.case} {x.implementation} {x.dtype} {x.mode}: {escape(x.message)}", soft_wrap=True)
+        where = f"{x.case} {x.implementation} {x.dtype} {x.mode}"
+        console.print(f"[red]{x.status}[/] {where}: {escape(x.message)}", soft_wrap=True, highlight=False)
     if len(bad) > SHOWN_FAILURES:
         console.print(f"... and {len(bad) - SHOWN_FAILURES} more; --json FILE keeps them all")
     if bad:
         x = bad[0]
-        console.print(f"look closer: adamp-parity explain {x.case} --backend {x.implementation} --dtype {x.dtype}")
+        command = f"adamp-parity explain {x.case} --backend {x.implementation} --dtype {x.dtype}"
+        console.print(f"look closer: {command}", soft_wrap=True, highlight=False)
 
 
 def _worst_margin(results: Sequence[Result], dtype: str) -> str:
@@ -70,45 +72,47 @@ def _worst_margin(results: Sequence[Result], dtype: str) -> str:
     return f"{max(values):.3f}" if values else "-"
 
 
-def print_explanation(console: Console, problem: Problem, implementation: str, mode: str, step: Step) -> None:
+def print_explanation(console: Console, problem: Problem, implementation: str, step: Step) -> None:
     """Clauses, inputs, legal interval, got and margin of the worst step of a case, tensor by tensor."""
     case = problem.case
-    console.print(f"[bold]{case.id}[/] {implementation} {problem.dtype} {mode}: step {step.after.step}")
-    console.print(f"hyperparameters: {case.hyper}", highlight=False)
+
+    def line(text: str) -> None:
+        console.print(text, highlight=False, soft_wrap=True)
+
+    line(f"[bold]{case.id}[/] {implementation} {problem.dtype}, step {step.after.step}")
+    line(f"hyperparameters {case.hyper}")
     for label in case.clauses:
-        console.print(f"  [bold]{label}[/] {escape(clauses()[label])}", highlight=False)
+        line(f"[bold]{label}[/] {escape(clauses()[label])}")
     if step.verdict.problem:
-        console.print(f"[red]{escape(step.verdict.problem)}[/]")
+        line(f"[red]{escape(step.verdict.problem)}[/]")
         return
-    layouts = problem.layouts()
     for name, gradient in step.gradients.items():
-        before = step.before.tensors(name)
-        outcomes = expected_outcomes(
-            case.algorithm, case.hyper, layouts[name], before, step.before.step, gradient, name in case.exact
-        )
-        tensor = getattr(case, "tensors", {}).get(name)
-        title = f"{name} {list(gradient.shape)} {layouts[name]}" + (f": {tensor.purpose}" if tensor else "")
-        console.print(f"\n[bold]{escape(title)}[/]", highlight=False)
-        taken = step.verdict.branches[name]
-        console.print(f"  branch: {', '.join(Branch(int(b)).name.lower() for b in np.ravel(taken))}")
+        layout = problem.layouts()[name]
+        tensor = case.tensors.get(name)
+        purpose = f": {tensor.purpose}" if tensor else ""
+        branches = step.verdict.branches[name].ravel()
+        line(f"\n[bold]{name}[/] {escape(str(list(gradient.shape)))} {layout}{purpose}")
+        line(f"  branch {', '.join(Branch(b).name.lower() for b in branches)}")
         if gradient.size:
-            console.print(_elements(step, name, gradient, {o.branch: o.tensors for o in outcomes}, int(np.ravel(taken)[0])))
+            for text in _elements(problem, step, name, layout):
+                line(text)
 
 
-def _elements(step: Step, name: str, gradient: np.ndarray, outcomes: Mapping[int, Mapping[str, Bounded]], branch: int) -> Table:
-    """The worst element of each tensor."""
-    from adamp_conformance.judge import margins
+def _elements(problem: Problem, step: Step, name: str, layout: Layout) -> Iterator[str]:
+    """The worst element of the parameter and of each moment."""
+    before, got, gradient = step.before.tensors(name), step.after.tensors(name), step.gradients[name]
+    case = problem.case
+    outcomes = expected_outcomes(case.algorithm, case.hyper, layout, before, step.before.step, gradient, name in case.exact)
+    scores = worst_elements(got, outcomes, step.verdict.branches[name], layout.rows(gradient.shape))
+    digits = 17 if problem.dtype == "float64" else 9
+    for tensor, (index, margin, bounded) in scores.items():
+        value, error = bounded.value[index], bounded.error[index]
+        old, slope, low, new, high = (
+            f"{float(x):.{digits}g}" for x in (before[tensor][index], gradient[index], value - error, got[tensor][index], value + error)
+        )
+        color = "green" if margin <= 1 else "red"
+        yield f"  {tensor}{escape(str(list(index)))} was {old}, gradient {slope}"
+        yield f"    legal {low} to {high}, got {new}, margin [{color}]{margin:.3g}[/]"
 
-    table = Table("tensor", "element", "before", "gradient", "lowest legal", "got", "highest legal", "margin")
-    got = step.after.tensors(name)
-    for tensor, before in step.before.tensors(name).items():
-        scores = {b: margins(got[tensor], tensors[tensor]) for b, tensors in outcomes.items()}
-        score = scores.get(branch, next(iter(scores.values())))
-        at = np.unravel_index(int(np.argmax(score)), score.shape) if score.shape else ()
-        bounded = outcomes.get(branch, next(iter(outcomes.values())))[tensor]
-        value, error = bounded.value[at], bounded.error[at]
-        margin = float(score[at])
-        numbers = [float(x) for x in (before[at], gradient[at], value - error, got[tensor][at], value + error)]
-        style = "red" if margin > 1 else None
-        table.add_row(tensor, str([int(i) for i in at]), *(f"{x:.17g}" for x in numbers), f"{margin:.3g}", style=style)
-    return table
+
+_SHORT = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
