@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,7 @@ class Case:
       steps: steps to take.
       modes: the modes that the case is run in.
       dtypes: the types that it is run in.
+      labels: clauses that the case as a whole tests, besides those of its tensors.
     """
 
     id: str
@@ -81,11 +82,12 @@ class Case:
     steps: int = 1
     modes: tuple[str, ...] = ONE_STEP
     dtypes: tuple[str, ...] = tuple(DTYPES)
-    purpose: str = ""
+    labels: tuple[str, ...] = ()
 
     @property
     def clauses(self) -> tuple[str, ...]:
-        return tuple(sorted({clause for tensor in self.tensors.values() for clause in tensor.clauses}))
+        """Labels of SPEC.md that the case tests."""
+        return tuple(sorted({*self.labels, *(clause for tensor in self.tensors.values() for clause in tensor.clauses)}))
 
     @property
     def exact(self) -> frozenset[str]:
@@ -102,7 +104,9 @@ class Case:
     def initial(self, dtype: str, weights: str) -> State:
         """The state before the first step."""
         values = {name: parameter.value for name, parameter in self.parameters(dtype, weights).items()}
-        return State(self.step, values, {moment: self._moments(moment, dtype, values) for moment in MOMENTS[self.algorithm]})
+        return State(
+            self.step, values, {moment: self._moments(moment, dtype, values) for moment in MOMENTS[self.algorithm]}
+        )
 
     def gradients(self, index: int, parameters: Mapping[str, np.ndarray], weights: str) -> dict[str, np.ndarray]:
         """The gradients of step `index`, made for the parameters as they are then."""
@@ -256,7 +260,11 @@ _MOMENTS: dict[str, Callable[[Tensor], Gradient]] = {
     "v": lambda tensor: lambda random, p: 0.5 + 0.25 * random.uniform(*p.shape),
 }
 
-CHANNEL, LAYER, NONE = ("PROJ-1", "PROJ-2", "PROJ-5", "PROJ-6"), ("PROJ-1", "PROJ-3", "PROJ-5", "PROJ-6"), ("PROJ-2", "PROJ-3", "PROJ-7")
+CHANNEL, LAYER, NONE = (
+    ("PROJ-1", "PROJ-2", "PROJ-5", "PROJ-6"),
+    ("PROJ-1", "PROJ-3", "PROJ-5", "PROJ-6"),
+    ("PROJ-2", "PROJ-3", "PROJ-7"),
+)
 
 VIEWS = {
     "channel": Tensor("every row is orthogonal: the channel view projects", CHANNEL, (8, 16), orthogonal_rows),
@@ -292,8 +300,12 @@ SHAPES = {
     "kernel-5d": Tensor("rank 5, layer view", ("LAYOUT-1",), (4, 2, 3, 2, 2), orthogonal_layer),
     "channel-last": Tensor("HWIO: rows are the last axis", ("LAYOUT-1",), (3, 3, 4, 8), orthogonal_rows, Layout(-1)),
     "channel-last-layer": Tensor("the same, layer view", ("LAYOUT-1",), (3, 3, 4, 8), orthogonal_layer, Layout(-1)),
-    "two-channel-axes": Tensor("attention kernel (in, heads, head_dim)", ("LAYOUT-1",), (8, 3, 4), orthogonal_rows, Layout((1, 2))),
-    "outer-channel-axes": Tensor("channel axes around the row axis", ("LAYOUT-1",), (3, 8, 4), orthogonal_rows, Layout((0, -1))),
+    "two-channel-axes": Tensor(
+        "attention kernel (in, heads, head_dim)", ("LAYOUT-1",), (8, 3, 4), orthogonal_rows, Layout((1, 2))
+    ),
+    "outer-channel-axes": Tensor(
+        "channel axes around the row axis", ("LAYOUT-1",), (3, 8, 4), orthogonal_rows, Layout((0, -1))
+    ),
     "batch": Tensor(
         "a stack of three layers: each decides alone",
         ("LAYOUT-2",),
@@ -308,7 +320,9 @@ SHAPES = {
         per_slice(oblique_rows, orthogonal_rows),
         Layout(1, batch=-1),
     ),
-    "batch-of-vectors": Tensor("a stack of vectors is not projected", ("LAYOUT-2", "LAYOUT-4"), (3, 16), orthogonal_rows, Layout(1, batch=0)),
+    "batch-of-vectors": Tensor(
+        "a stack of vectors is not projected", ("LAYOUT-2", "LAYOUT-4"), (3, 16), orthogonal_rows, Layout(1, batch=0)
+    ),
     "view": Tensor(
         "a fused query-key-value weight, each third decides alone",
         ("LAYOUT-3",),
@@ -317,10 +331,14 @@ SHAPES = {
         Layout(1, batch=0, view=(3, 4, 16)),
     ),
     "exempt": Tensor("a bias of rank 2, exempted", ("LAYOUT-5",), (4, 16), nothing, Layout(None)),
-    "row-1": Tensor("rows of one element: only the layer view can pass", ("PROJ-1", "PROJ-3"), (16, 1), orthogonal_layer),
+    "row-1": Tensor(
+        "rows of one element: only the layer view can pass", ("PROJ-1", "PROJ-3"), (16, 1), orthogonal_layer
+    ),
     "row-2": Tensor("rows of two elements", ("PROJ-1",), (8, 2), orthogonal_rows),
     "one-row": Tensor("one row: both views are the same", ("PROJ-4",), (1, 32), orthogonal_rows),
-    "row-4096": Tensor("long rows: the length of the sums and of the threshold", ("PROJ-2", "PREC-4"), (2, 4096), orthogonal_rows),
+    "row-4096": Tensor(
+        "long rows: the length of the sums and of the threshold", ("PROJ-2", "PREC-4"), (2, 4096), orthogonal_rows
+    ),
     "empty-rows": Tensor("no rows: nothing to do", ("EDGE-3",), (0, 4), noise),
     "empty-columns": Tensor("rows without elements: nothing to do", ("EDGE-3",), (4, 0), noise),
 }
@@ -328,15 +346,23 @@ SHAPES = {
 ZEROS = {
     "zero-gradient": Tensor("cosine 0: the channel view projects, decay is small", ("EDGE-1",), (8, 16), nothing),
     "zero-parameter": Tensor("cosine 0 and nothing to remove", ("EDGE-1",), (8, 16), noise, weight=nothing),
-    "zero-row": Tensor("one zero gradient row among orthogonal ones", ("EDGE-1",), (8, 16), first_row_times(0.0, orthogonal_rows)),
+    "zero-row": Tensor(
+        "one zero gradient row among orthogonal ones", ("EDGE-1",), (8, 16), first_row_times(0.0, orthogonal_rows)
+    ),
     "zero-both": Tensor("nothing at all", ("EDGE-1",), (8, 16), nothing, weight=nothing, moment=nothing),
 }
 
 NON_FINITE = {
-    "nan-gradient": Tensor("a NaN stays in its element, and nothing projects", ("EDGE-2",), (8, 16), with_element(np.nan, orthogonal_rows)),
+    "nan-gradient": Tensor(
+        "a NaN stays in its element, and nothing projects", ("EDGE-2",), (8, 16), with_element(np.nan, orthogonal_rows)
+    ),
     "inf-gradient": Tensor("so does an infinity", ("EDGE-2",), (8, 16), with_element(np.inf, orthogonal_rows)),
-    "nan-parameter": Tensor("a NaN weight stays in its element", ("EDGE-2",), (8, 16), noise, weight=with_element(np.nan, parallel)),
-    "inf-parameter": Tensor("so does an infinite weight", ("EDGE-2",), (8, 16), noise, weight=with_element(np.inf, parallel)),
+    "nan-parameter": Tensor(
+        "a NaN weight stays in its element", ("EDGE-2",), (8, 16), noise, weight=with_element(np.nan, parallel)
+    ),
+    "inf-parameter": Tensor(
+        "so does an infinite weight", ("EDGE-2",), (8, 16), noise, weight=with_element(np.inf, parallel)
+    ),
     "nan-vector": Tensor("and a NaN in a tensor without rows", ("EDGE-2",), (16,), with_element(np.nan, noise)),
 }
 
@@ -349,7 +375,9 @@ COSINE_EPS = {
         parallel,
         weight=scaled(3e-4, parallel),
     ),
-    "below-eps": Tensor("parallel rows below eps count as orthogonal", ("PROJ-1",), (8, 16), parallel, weight=scaled(4e-6, parallel)),
+    "below-eps": Tensor(
+        "parallel rows below eps count as orthogonal", ("PROJ-1",), (8, 16), parallel, weight=scaled(4e-6, parallel)
+    ),
     "near-eps": Tensor(
         "1.1 times the threshold at norms of 10 eps: catches an eps added to the norms",
         ("PROJ-1",),
@@ -369,18 +397,35 @@ COSINE_EPS = {
 # For delta = 0.25.
 THRESHOLD = {
     "on-threshold": Tensor(
-        "the cosine equals the channel threshold exactly: catches <= for <", ("PROJ-2",), (4, 16), norm_16, weight=first_unit_vector, exact=True
+        "the cosine equals the channel threshold exactly: catches <= for <",
+        ("PROJ-2",),
+        (4, 16),
+        norm_16,
+        weight=first_unit_vector,
+        exact=True,
     ),
-    "on-both": Tensor("one row: equals both thresholds", ("PROJ-2", "PROJ-3"), (1, 16), norm_16, weight=first_unit_vector, exact=True),
+    "on-both": Tensor(
+        "one row: equals both thresholds", ("PROJ-2", "PROJ-3"), (1, 16), norm_16, weight=first_unit_vector, exact=True
+    ),
     "below": Tensor("0.9 of the threshold", ("PROJ-2",), (8, 16), threshold_multiples(2.25)),
     "above": Tensor("1.1 of the threshold", ("PROJ-2",), (8, 16), threshold_multiples(2.75)),
-    "straddling": Tensor("within rounding of the threshold: either whole outcome is legal", ("PREC-8",), (8, 16), threshold_multiples(2.5, 0.1)),
+    "straddling": Tensor(
+        "within rounding of the threshold: either whole outcome is legal",
+        ("PREC-8",),
+        (8, 16),
+        threshold_multiples(2.5, 0.1),
+    ),
 }
 
 ESSENTIALS = {name: VIEWS[name] for name in ("channel", "layer", "none", "vector")}
 
 SMALL_GRADIENTS = {
-    name: Tensor("gradients of the size of eps tell where eps stands in the denominator", ("ADAMP-4",), (8, 16), scaled(5e-5, make))
+    name: Tensor(
+        "gradients of the size of eps tell where eps stands in the denominator",
+        ("ADAMP-4",),
+        (8, 16),
+        scaled(5e-5, make),
+    )
     for name, make in (("small-channel", orthogonal_rows), ("small-none", oblique_rows))
 }
 
@@ -394,54 +439,57 @@ def _trajectory(*makes: Gradient) -> dict[str, Tensor]:
     }
 
 
-def _cases(algorithm: str, **named: tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]) -> list[Case]:
-    return [
-        Case(f"{algorithm}/{name.replace('_', '-')}", algorithm, hyper, tensors, **options)
-        for name, (hyper, tensors, options) in named.items()
-    ]
-
-
 _ADAMP = {"lr": 0.05, "beta1": 0.9, "beta2": 0.999, "weight_decay": 2.0}
 _SGDP = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.2}
-_LATER = {"step": 10}
-_RUN = {"steps": 24, "modes": SEVERAL_STEPS}
+_RUN = ("STATE-1", "STATE-2")
+_NEVER = ESSENTIALS | {"zero": ZEROS["zero-gradient"]}
 
-DESIGNED = [
-    *_cases(
-        "adamp",
-        views=(_ADAMP, VIEWS, _LATER),
-        shapes=(_ADAMP, SHAPES, _LATER),
-        zeros=(_ADAMP, ZEROS, _LATER),
-        non_finite=(_ADAMP, NON_FINITE, _LATER),
-        nesterov=(_ADAMP | {"nesterov": True}, ESSENTIALS, _LATER),
-        first_step=({**_ADAMP, "lr": 0.5, "weight_decay": 0.0}, ESSENTIALS | {"zero": ZEROS["zero-both"]}, {}),
-        second_step=({**_ADAMP, "lr": 0.5, "beta2": 0.9999, "beta1": 0.99}, ESSENTIALS, {"step": 1}),
-        millionth_step=({**_ADAMP, "lr": 0.5, "beta2": 0.9999, "nesterov": True}, ESSENTIALS, {"step": 999_999}),
-        no_memory=({**_ADAMP, "beta1": 0.0, "beta2": 0.0}, ESSENTIALS, {}),
-        eps=({**_ADAMP, "lr": 0.5, "eps": 1e-4, "weight_decay": 0.2}, COSINE_EPS | SMALL_GRADIENTS, {}),
-        threshold=({**_ADAMP, "delta": 0.25}, THRESHOLD, _LATER),
-        never_project=({**_ADAMP, "delta": 0.0}, ESSENTIALS | {"zero": ZEROS["zero-gradient"]}, _LATER),
-        always_project=({**_ADAMP, "delta": 1e3, "wd_ratio": 0.5}, ESSENTIALS, _LATER),
-        run=(_ADAMP, _trajectory(orthogonal_rows, orthogonal_layer, oblique_rows), _RUN),
-        nesterov_run=({**_ADAMP, "nesterov": True, "weight_decay": 0.0}, _trajectory(noise, orthogonal_rows, oblique_rows), _RUN),
+
+def _adamp(name: str, tensors: dict[str, Tensor], *labels: str, step: int = 10, **hyper: Any) -> Case:
+    return Case(f"adamp/{name}", "adamp", _ADAMP | hyper, tensors, step, labels=labels)
+
+
+def _sgdp(name: str, tensors: dict[str, Tensor], *labels: str, step: int = 10, **hyper: Any) -> Case:
+    return Case(f"sgdp/{name}", "sgdp", _SGDP | hyper, tensors, step, labels=labels)
+
+
+def _run(case: Case) -> Case:
+    """Many steps from the start, in the modes that need them."""
+    return replace(case, step=0, steps=24, modes=SEVERAL_STEPS)
+
+
+DESIGNED = (
+    _adamp("views", VIEWS, "ADAMP-1", "ADAMP-2", "ADAMP-4", "ADAMP-5", "ADAMP-6", "PREC-6"),
+    _adamp("shapes", SHAPES),
+    _adamp("zeros", ZEROS),
+    _adamp("non-finite", NON_FINITE),
+    _adamp("nesterov", ESSENTIALS, "ADAMP-3", nesterov=True),
+    _adamp("first-step", _NEVER, "ADAMP-4", "ADAMP-6", "PREC-2", step=0, lr=0.5, weight_decay=0.0),
+    _adamp("second-step", ESSENTIALS, "ADAMP-4", "PREC-2", step=1, lr=0.5, beta1=0.99, beta2=0.9999),
+    _adamp("millionth-step", ESSENTIALS, "ADAMP-3", "PREC-2", step=999_999, lr=0.5, beta2=0.9999, nesterov=True),
+    _adamp("no-memory", ESSENTIALS, "ADAMP-1", "ADAMP-2", step=0, beta1=0.0, beta2=0.0),
+    _adamp("eps", COSINE_EPS | SMALL_GRADIENTS, "ADAMP-4", step=0, lr=0.5, eps=1e-4, weight_decay=0.2),
+    _adamp("threshold", THRESHOLD, delta=0.25),
+    _adamp("never-project", _NEVER, "PROJ-2", delta=0.0),
+    _adamp("always-project", ESSENTIALS, "PROJ-7", delta=1e3, wd_ratio=0.5),
+    _run(_adamp("run", _trajectory(orthogonal_rows, orthogonal_layer, oblique_rows), *_RUN)),
+    _run(_adamp("nesterov-run", _trajectory(noise, orthogonal_rows, oblique_rows), *_RUN, nesterov=True)),
+    _sgdp("views", VIEWS, "SGDP-1", "SGDP-2", "SGDP-3", "SGDP-4", "SGDP-5", "PREC-6"),
+    _sgdp("shapes", SHAPES),
+    _sgdp("zeros", ZEROS),
+    _sgdp("non-finite", NON_FINITE),
+    _sgdp("nesterov", ESSENTIALS, "SGDP-2", nesterov=True, dampening=0.25),
+    _sgdp("first-step", ESSENTIALS, "SGDP-1", step=0, dampening=0.5),
+    _sgdp("no-momentum", ESSENTIALS, "SGDP-1", momentum=0.0),
+    _sgdp("heavy-momentum", ESSENTIALS, "SGDP-4", "PREC-2", momentum=0.99, weight_decay=0.02),
+    _sgdp("projected-momentum", VIEWS, "SGDP-3", project_momentum=True),
+    _sgdp("projected-momentum-nesterov", ESSENTIALS, "SGDP-3", project_momentum=True, nesterov=True),
+    _sgdp("eps", COSINE_EPS, lr=0.5, eps=1e-4),
+    _sgdp("threshold", THRESHOLD, delta=0.25),
+    _sgdp("never-project", _NEVER, "PROJ-2", delta=0.0),
+    _sgdp("always-project", ESSENTIALS, "PROJ-7", delta=1e3, wd_ratio=0.5),
+    _run(_sgdp("run", _trajectory(orthogonal_rows, orthogonal_layer, oblique_rows), *_RUN)),
+    _run(
+        _sgdp("projected-momentum-run", _trajectory(noise, orthogonal_rows, oblique_rows), *_RUN, project_momentum=True)
     ),
-    *_cases(
-        "sgdp",
-        views=(_SGDP, VIEWS, _LATER),
-        shapes=(_SGDP, SHAPES, _LATER),
-        zeros=(_SGDP, ZEROS, _LATER),
-        non_finite=(_SGDP, NON_FINITE, _LATER),
-        nesterov=(_SGDP | {"nesterov": True, "dampening": 0.25}, ESSENTIALS, _LATER),
-        first_step=({**_SGDP, "dampening": 0.5}, ESSENTIALS, {}),
-        no_momentum=({**_SGDP, "momentum": 0.0}, ESSENTIALS, _LATER),
-        heavy_momentum=({**_SGDP, "momentum": 0.99, "weight_decay": 0.02}, ESSENTIALS, _LATER),
-        projected_momentum=(_SGDP | {"project_momentum": True}, VIEWS, _LATER),
-        projected_momentum_nesterov=(_SGDP | {"project_momentum": True, "nesterov": True}, ESSENTIALS, _LATER),
-        eps=({**_SGDP, "lr": 0.5, "eps": 1e-4}, COSINE_EPS, {}),
-        threshold=({**_SGDP, "delta": 0.25}, THRESHOLD, _LATER),
-        never_project=({**_SGDP, "delta": 0.0}, ESSENTIALS | {"zero": ZEROS["zero-gradient"]}, _LATER),
-        always_project=({**_SGDP, "delta": 1e3, "wd_ratio": 0.5}, ESSENTIALS, _LATER),
-        run=(_SGDP, _trajectory(orthogonal_rows, orthogonal_layer, oblique_rows), _RUN),
-        projected_momentum_run=(_SGDP | {"project_momentum": True}, _trajectory(noise, orthogonal_rows, oblique_rows), _RUN),
-    ),
-]
+)

@@ -15,16 +15,19 @@ from rich.table import Table
 from adamp_conformance import report
 from adamp_conformance.adapter import DTYPES
 from adamp_conformance.implementations import IMPLEMENTATIONS, Implementation, select
-from adamp_conformance.modes import MODES, Problem, start, walk
-from adamp_conformance.results import EXIT_ADAPTER, EXIT_CONFORMS, EXIT_CORPUS, EXIT_FAILED, Result, exit_code, write
-from adamp_conformance.suite import CASES, Selection, load
+from adamp_conformance.modes import MODES, Problem, create, walk
+from adamp_conformance.results import EXIT_ADAPTER, EXIT_CONFORMS, EXIT_CORPUS, EXIT_FAILED, exit_code, write
+from adamp_conformance.suite import BY_ID, CASES, capabilities_of, select_checks
 from adamp_conformance.suite import run as run_checks
 from adamp_spec import SPEC_VERSION
 
 console = Console()
 
 backend_option = click.option(
-    "--backend", "backends", multiple=True, help="oracle, torch, keras, optax, or one execution such as keras-xla. Repeatable."
+    "--backend",
+    "backends",
+    multiple=True,
+    help="oracle, torch, keras, optax, or one execution such as keras-xla. Repeatable.",
 )
 device_option = click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 
@@ -43,9 +46,16 @@ def main() -> None:
 @click.option("--dtype", "dtypes", multiple=True, type=click.Choice(list(DTYPES)), help="Default: all. Repeatable.")
 @device_option
 @click.option("-k", "text", default="", help="Only cases whose name contains this text.")
-@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Write the results as JSON lines.")
+@click.option("--json", "path", type=click.Path(dir_okay=False, path_type=Path), help="Keep the results as JSON lines.")
+@click.option("--jobs", type=click.IntRange(1), default=os.cpu_count(), show_default="cores", help="Processes.")
 def run(
-    backends: Sequence[str], modes: Sequence[str], dtypes: Sequence[str], device: str, text: str, path: Path | None
+    backends: Sequence[str],
+    modes: Sequence[str],
+    dtypes: Sequence[str],
+    device: str,
+    text: str,
+    path: Path | None,
+    jobs: int,
 ) -> None:
     """Run the suite on whatever backends are installed.
 
@@ -58,19 +68,21 @@ def run(
     if missing and backends:
         sys.exit(EXIT_ADAPTER)
     installed = [x for x in chosen if not x.missing]
-    checks = Selection(modes, dtypes, text).checks([x.name for x in installed])
+    checks = select_checks(installed, modes, dtypes, text)
     if not checks:
-        console.print(f"[red]nothing to check[/]: no case contains {text!r} with these modes and dtypes; see adamp-parity list")
+        console.print(f"[red]nothing to check[/]: no case contains {text!r} with these modes and dtypes")
+        console.print("adamp-parity list shows the cases")
         sys.exit(EXIT_CORPUS)
 
-    makes, capabilities = load(installed, device)
-    results: list[Result] = []
+    capabilities = capabilities_of(installed, device)
+    found = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(checks))
-        for check, result in zip(checks, run_checks(checks, makes, capabilities), strict=True):
-            results.append(result)
-            progress.update(task, advance=1, description=f"{check.implementation} {check.case.id} {check.dtype}")
+        task = progress.add_task("checks", total=len(checks))
+        for check, result in run_checks(checks, device, jobs):
+            found[check] = result
+            progress.advance(task)
+    results = [found[check] for check in checks]
     report.print_results(console, results, capabilities)
     if path is not None:
         versions = {name: capability.version for name, capability in capabilities.items()}
@@ -103,7 +115,7 @@ def explain(case_id: str, backends: Sequence[str], dtype: str, device: str) -> N
 
     Exit codes as for run.
     """
-    case = next((x for x in CASES if x.id == case_id), None)
+    case = BY_ID.get(case_id)
     if case is None:
         raise click.BadParameter(f"there is no case {case_id!r}; see adamp-parity list", param_hint="CASE")
     if dtype not in case.dtypes:
@@ -112,13 +124,14 @@ def explain(case_id: str, backends: Sequence[str], dtype: str, device: str) -> N
     if missing := [x for x in chosen if x.missing]:
         report.print_missing(console, missing)
         sys.exit(EXIT_ADAPTER)
-    makes, capabilities = load(chosen, device)
     conforms = True
-    for name, make in makes.items():
-        problem = Problem(case, dtype, capabilities[name].weights)
-        outcome = walk(start(make, problem), problem, case.steps)
-        assert outcome.worst is not None
-        report.print_explanation(console, problem, name, outcome.worst)
+    for implementation in chosen:
+        make = implementation.factory(device)
+        problem = Problem(case, dtype, make().capabilities().weights)
+        adapter = create(make, problem)
+        adapter.load(problem.initial())
+        outcome = walk(adapter, problem, case.steps)
+        report.print_explanation(console, problem, implementation.name, outcome)
         conforms &= outcome.problem is None
     sys.exit(EXIT_CONFORMS if conforms else EXIT_FAILED)
 

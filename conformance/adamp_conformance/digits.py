@@ -21,7 +21,7 @@ from adamp_conformance.adapter import DTYPES, MOMENTS, Parameter, State
 from adamp_conformance.cases import Random
 from adamp_spec import Layout
 
-BATCH = 64
+BATCH = 32
 EPOCHS = 15
 LEARNING_RATE = 1e-2
 
@@ -94,7 +94,9 @@ def _convolve(x: Any, kernel: Any) -> Any:
     n, _, h, w = x.shape
     padded = anp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="constant")
     patches = [padded[:, :, i : i + h, j : j + w] for i in range(3) for j in range(3)]
-    columns = anp.concatenate([anp.reshape(anp.transpose(patch, (0, 2, 3, 1)), (n * h * w, -1)) for patch in patches], axis=1)
+    columns = anp.concatenate(
+        [anp.reshape(anp.transpose(patch, (0, 2, 3, 1)), (n * h * w, -1)) for patch in patches], axis=1
+    )
     matrix = anp.reshape(anp.transpose(kernel, (2, 3, 1, 0)), (-1, kernel.shape[0]))
     return anp.transpose(anp.reshape(anp.dot(columns, matrix), (n, h, w, kernel.shape[0])), (0, 3, 1, 2))
 

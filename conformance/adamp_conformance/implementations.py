@@ -51,7 +51,10 @@ IMPLEMENTATIONS = (
         Implementation("keras", execution, "keras:KerasAdapter", ("keras", "tensorflow"), "tf")
         for execution in ("eager", "graph", "xla")
     ),
-    *(Implementation("optax", execution, "optax:OptaxAdapter", ("jax", "optax"), "jax") for execution in ("eager", "jit")),
+    *(
+        Implementation("optax", execution, "optax:OptaxAdapter", ("jax", "optax"), "jax")
+        for execution in ("eager", "jit")
+    ),
 )
 
 

@@ -119,10 +119,14 @@ def expected_outcomes(
     return outcomes
 
 
-def margins(got: np.ndarray, expected: Bounded) -> np.ndarray:
-    """|got - expected| / bound per element; 0 where equal or both NaN, infinite where only one is finite."""
+def margins(tensor: str, got: np.ndarray, expected: Bounded) -> np.ndarray:
+    """|got - expected| / bound per element; 0 where equal or both NaN, infinite where only one is finite.
+
+    Where the parameter `p` is to become infinite, NaN is legal too (EDGE-2).
+    """
     value = got.astype(expected.value.dtype)
-    same = (value == expected.value) | (np.isnan(value) & np.isnan(expected.value))
+    nan_is_legal = ~np.isfinite(expected.value) if tensor == "p" else np.isnan(expected.value)
+    same = (value == expected.value) | (np.isnan(value) & nan_is_legal)
     with np.errstate(all="ignore"):
         ratio = np.abs(value - expected.value) / expected.error
     return np.where(same, 0.0, np.where(np.isnan(ratio), np.inf, ratio)).astype(np.float64)
@@ -158,7 +162,9 @@ def judge_step(
         scores = []  # per outcome: the worst margin of each slice, over all tensors jointly
         for outcome in outcomes:
             reported = after.branches is None or after.branches[name] == outcome.branch
-            per_tensor = [_per_slice(margins(got[tensor], bounded), rows) for tensor, bounded in outcome.tensors.items()]
+            per_tensor = [
+                _per_slice(margins(tensor, got[tensor], bounded), rows) for tensor, bounded in outcome.tensors.items()
+            ]
             scores.append(np.where(outcome.legal & reported, np.max(per_tensor, axis=0), np.inf))
         chosen = np.argmin(scores, axis=0)
         branches[name] = np.choose(chosen, [outcome.branch for outcome in outcomes])
@@ -183,13 +189,13 @@ class Element(NamedTuple):
 def worst_elements(
     got: Mapping[str, np.ndarray], outcomes: Sequence[Expected], branches: np.ndarray, rows: Rows
 ) -> dict[str, Element]:
-    """Where `p` and each moment are worst, each slice compared with the outcome of its branch; empty for no elements."""
+    """Where `p` and each moment are worst, each slice beside the outcome of its branch; empty for no elements."""
     worst: dict[str, Element] = {}
     for tensor, array in got.items():
         for outcome in outcomes:
             bounded = outcome.tensors[tensor]
             here = np.broadcast_to(branches == outcome.branch, rows.shape).reshape(array.shape)
-            score = np.where(here, margins(array, bounded), -1.0)
+            score = np.where(here, margins(tensor, array, bounded), -1.0)
             if array.size and (tensor not in worst or score.max() > worst[tensor].margin):
                 index = tuple(int(i) for i in np.unravel_index(int(np.argmax(score)), array.shape))
                 worst[tensor] = Element(index, float(score[index]), bounded)

@@ -37,7 +37,9 @@ class Problem(NamedTuple):
         return self.case.layouts(self.weights)
 
     def judge(self, before: State, gradients: Arrays, after: State) -> Verdict:
-        return judge_step(self.case.algorithm, self.case.hyper, self.layouts(), before, gradients, after, self.case.exact)
+        return judge_step(
+            self.case.algorithm, self.case.hyper, self.layouts(), before, gradients, after, self.case.exact
+        )
 
 
 class Step(NamedTuple):
@@ -57,12 +59,27 @@ class Outcome(NamedTuple):
     ambiguous: bool = False
 
 
-def start(make: Make, problem: Problem) -> Adapter:
-    """An adapter in the case's initial state."""
+class Bench(NamedTuple):
+    """An implementation set up for one problem.
+
+    Attributes:
+      adapter: created for the problem, in any state; what is compiled stays compiled between modes.
+      problem: the problem.
+      make: makes a fresh adapter of the same implementation.
+      sources: makes adapters of other implementations, by name, for states to be taken from.
+    """
+
+    adapter: Adapter
+    problem: Problem
+    make: Make
+    sources: Mapping[str, Make]
+
+
+def create(make: Make, problem: Problem) -> Adapter:
+    """A fresh adapter for the problem."""
     adapter = make()
     make_hyper, _, _ = ALGORITHMS[problem.case.algorithm]
     adapter.create(problem.case.algorithm, asdict(make_hyper(**problem.case.hyper)), problem.parameters())
-    adapter.load(problem.initial())
     return adapter
 
 
@@ -74,7 +91,7 @@ def advance(adapter: Adapter, problem: Problem, steps: int) -> State:
 
 
 def walk(adapter: Adapter, problem: Problem, steps: int) -> Outcome:
-    """Judges every one of `steps` steps from the implementation's own state before it."""
+    """Judges up to `steps` steps, each from the implementation's own state before it; stops at the first that fails."""
     worst: Step | None = None
     ambiguous = False
     before = adapter.dump()
@@ -93,29 +110,34 @@ def walk(adapter: Adapter, problem: Problem, steps: int) -> Outcome:
     return Outcome(worst, _describe(worst, problem), ambiguous)
 
 
-def step(make: Make, problem: Problem, sources: Mapping[str, Make]) -> Outcome:
+def step(bench: Bench) -> Outcome:
     """One step from an injected state."""
-    return walk(start(make, problem), problem, 1)
+    bench.adapter.load(bench.problem.initial())
+    return walk(bench.adapter, bench.problem, 1)
 
 
-def shadow(make: Make, problem: Problem, sources: Mapping[str, Make]) -> Outcome:
+def shadow(bench: Bench) -> Outcome:
     """Many steps; the oracle starts each from the implementation's own state."""
-    return walk(start(make, problem), problem, problem.case.steps)
+    bench.adapter.load(bench.problem.initial())
+    return walk(bench.adapter, bench.problem, bench.problem.case.steps)
 
 
-def resume(make: Make, problem: Problem, sources: Mapping[str, Make]) -> Outcome:
+def resume(bench: Bench) -> Outcome:
     """Half the steps, then the other half twice: going on, and in a fresh instance loaded with the state."""
-    first = start(make, problem)
-    saved = advance(first, problem, problem.case.steps // 2)
-    second = start(make, problem)
-    second.load(saved)
-    rest = problem.case.steps - problem.case.steps // 2
-    return Outcome(None, _difference("going on", advance(first, problem, rest), "resumed", advance(second, problem, rest)))
+    adapter, problem = bench.adapter, bench.problem
+    half = problem.case.steps // 2
+    adapter.load(problem.initial())
+    saved = advance(adapter, problem, half)
+    fresh = create(bench.make, problem)
+    fresh.load(saved)
+    ends = [advance(each, problem, problem.case.steps - half) for each in (adapter, fresh)]
+    return Outcome(None, _difference("going on", ends[0], "resumed", ends[1]))
 
 
-def purity(make: Make, problem: Problem, sources: Mapping[str, Make]) -> Outcome:
+def purity(bench: Bench) -> Outcome:
     """A loaded state is kept bit for bit, gradients are not written to, and the same step twice gives the same bits."""
-    adapter = start(make, problem)
+    adapter, problem = bench.adapter, bench.problem
+    adapter.load(problem.initial())
     state = advance(adapter, problem, 1)
     gradients = problem.gradients(state)
     given = {name: gradient.copy() for name, gradient in gradients.items()}
@@ -128,20 +150,22 @@ def purity(make: Make, problem: Problem, sources: Mapping[str, Make]) -> Outcome
         results.append(adapter.dump())
     for name, gradient in given.items():
         if gradient.tobytes() != gradients[name].tobytes():
-            return Outcome(None, f"the step wrote to the gradient of {name}")
+            return Outcome(None, f"the step wrote to the gradient of {name!r}")
     return Outcome(None, _difference("the first time", results[0], "the second time", results[1]))
 
 
-def transplant(make: Make, problem: Problem, sources: Mapping[str, Make]) -> Outcome:
+def transplant(bench: Bench) -> Outcome:
     """State of each other implementation, mid-run, goes on in this one."""
-    target = start(make, problem)
-    worst: Outcome | None = None
-    for name, make_source in sources.items():
-        source = make_source()
-        there = problem._replace(weights=source.capabilities().weights)
-        if problem.dtype not in source.capabilities().dtypes:
+    target, problem = bench.adapter, bench.problem
+    outcomes = []
+    for name, make in bench.sources.items():
+        capabilities = make().capabilities()
+        if problem.dtype not in capabilities.dtypes:
             continue
-        handed = advance(start(make_source, there), there, problem.case.steps // 2)
+        there = problem._replace(weights=capabilities.weights)
+        source = create(make, there)
+        source.load(there.initial())
+        handed = advance(source, there, min(problem.case.steps // 2, 10))
         state = problem.case.carry(handed, there.weights, problem.weights)
         target.load(state)
         if found := _difference(f"handed over by {name}", state, "held", target.dump()):
@@ -149,12 +173,13 @@ def transplant(make: Make, problem: Problem, sources: Mapping[str, Make]) -> Out
         outcome = walk(target, problem, TRANSPLANT_STEPS)
         if outcome.problem:
             return outcome._replace(problem=f"state handed over by {name}: {outcome.problem}")
-        if worst is None or outcome.worst.verdict.margin > worst.worst.verdict.margin:  # type: ignore[union-attr]
-            worst = outcome
-    return worst or Outcome(None, "no other implementation to take a state from")
+        outcomes.append(outcome)
+    if not outcomes:
+        return Outcome(None, f"no source of a state in {problem.dtype}")
+    return max(outcomes, key=lambda outcome: outcome.worst.verdict.margin if outcome.worst else 0.0)
 
 
-MODES: dict[str, Callable[[Make, Problem, Mapping[str, Make]], Outcome]] = {
+MODES: dict[str, Callable[[Bench], Outcome]] = {
     "step": step,
     "shadow": shadow,
     "resume": resume,

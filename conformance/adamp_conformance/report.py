@@ -12,7 +12,7 @@ from rich.table import Table
 from adamp_conformance.adapter import Capabilities
 from adamp_conformance.implementations import Implementation
 from adamp_conformance.judge import expected_outcomes, worst_elements
-from adamp_conformance.modes import Problem, Step
+from adamp_conformance.modes import Outcome, Problem, Step
 from adamp_conformance.results import ERRORED, FAILED, PASSED, SKIPPED, Result
 from adamp_conformance.spec_files import clauses
 from adamp_spec import Branch, Layout
@@ -72,9 +72,10 @@ def _worst_margin(results: Sequence[Result], dtype: str) -> str:
     return f"{max(values):.3f}" if values else "-"
 
 
-def print_explanation(console: Console, problem: Problem, implementation: str, step: Step) -> None:
+def print_explanation(console: Console, problem: Problem, implementation: str, outcome: Outcome) -> None:
     """Clauses, inputs, legal interval, got and margin of the worst step of a case, tensor by tensor."""
-    case = problem.case
+    case, step = problem.case, outcome.worst
+    assert step is not None
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
@@ -102,13 +103,16 @@ def _elements(problem: Problem, step: Step, name: str, layout: Layout) -> Iterat
     """The worst element of the parameter and of each moment."""
     before, got, gradient = step.before.tensors(name), step.after.tensors(name), step.gradients[name]
     case = problem.case
-    outcomes = expected_outcomes(case.algorithm, case.hyper, layout, before, step.before.step, gradient, name in case.exact)
+    outcomes = expected_outcomes(
+        case.algorithm, case.hyper, layout, before, step.before.step, gradient, name in case.exact
+    )
     scores = worst_elements(got, outcomes, step.verdict.branches[name], layout.rows(gradient.shape))
     digits = 17 if problem.dtype == "float64" else 9
     for tensor, (index, margin, bounded) in scores.items():
         value, error = bounded.value[index], bounded.error[index]
         old, slope, low, new, high = (
-            f"{float(x):.{digits}g}" for x in (before[tensor][index], gradient[index], value - error, got[tensor][index], value + error)
+            f"{float(x):.{digits}g}"
+            for x in (before[tensor][index], gradient[index], value - error, got[tensor][index], value + error)
         )
         color = "green" if margin <= 1 else "red"
         yield f"  {tensor}{escape(str(list(index)))} was {old}, gradient {slope}"

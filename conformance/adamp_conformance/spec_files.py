@@ -30,7 +30,9 @@ def clauses() -> dict[str, str]:
       ValueError: a label is defined twice.
     """
     found: dict[str, str] = {}
-    for label, text in re.findall(r"^\*\*\[([A-Z]+-\d+)\]\*\* (.+?)(?=\n\n|\n\*\*\[|\Z)", spec_file("SPEC.md").read_text(), re.M | re.S):
+    for label, text in re.findall(
+        r"^\*\*\[([A-Z]+-\d+)\]\*\* (.+?)(?=\n\n|\n\*\*\[|\Z)", spec_file("SPEC.md").read_text(), re.M | re.S
+    ):
         if label in found:
             raise ValueError(f"clause {label} is defined twice in SPEC.md")
         found[label] = " ".join(text.split())

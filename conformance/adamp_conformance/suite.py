@@ -2,92 +2,139 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import cache, partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
-from adamp_conformance.adapter import Adapter, Capabilities
+from adamp_conformance.adapter import Capabilities
 from adamp_conformance.cases import DESIGNED
 from adamp_conformance.digits import DIGITS
 from adamp_conformance.implementations import Implementation
-from adamp_conformance.modes import MODES, Make, Problem
+from adamp_conformance.modes import MODES, Bench, Make, Outcome, Problem, create
 from adamp_conformance.results import ERRORED, FAILED, PASSED, SKIPPED, Result
 
 CASES: tuple[Any, ...] = (*DESIGNED, *DIGITS)
+BY_ID = {case.id: case for case in CASES}
 
 
 class Check(NamedTuple):
     """One line of the result file, before it is run."""
 
-    implementation: str
-    case: Any
+    implementation: Implementation
+    case: str
     dtype: str
     mode: str
 
 
-class Selection(NamedTuple):
-    """What to run; an empty choice of modes, dtypes or text means all."""
-
-    modes: Sequence[str] = ()
-    dtypes: Sequence[str] = ()
-    text: str = ""
-
-    def cases(self) -> list[Any]:
-        return [case for case in CASES if self.text in case.id]
-
-    def checks(self, implementations: Sequence[str]) -> list[Check]:
-        return [
-            Check(name, case, dtype, mode)
-            for name in implementations
-            for case in self.cases()
-            for dtype in case.dtypes
-            for mode in case.modes
-            if (not self.dtypes or dtype in self.dtypes) and (not self.modes or mode in self.modes)
-        ]
+def select_checks(
+    implementations: Sequence[Implementation], modes: Sequence[str] = (), dtypes: Sequence[str] = (), text: str = ""
+) -> list[Check]:
+    """The checks of cases whose id contains `text`; an empty choice of modes or dtypes means all."""
+    return [
+        Check(implementation, case.id, dtype, mode)
+        for implementation in implementations
+        for case in CASES
+        if text in case.id
+        for dtype in case.dtypes
+        for mode in case.modes
+        if (not dtypes or dtype in dtypes) and (not modes or mode in modes)
+    ]
 
 
-def sources_for(name: str, makes: Mapping[str, Make], backends: Mapping[str, str]) -> dict[str, Make]:
-    """One implementation of each other backend, to hand states to `name`."""
-    first: dict[str, str] = {}
-    for other in makes:
-        if backends[other] != backends[name]:
-            first.setdefault(backends[other], other)
-    return {other: makes[other] for other in first.values()}
+def run(checks: Sequence[Check], device: str, jobs: int) -> Iterator[tuple[Check, Result]]:
+    """Runs the checks in `jobs` processes; results come as they are ready.
+
+    One task is all checks of one implementation, algorithm and dtype, so that what a framework
+    compiles for one of them serves the others.
+    """
+    peers = tuple(dict.fromkeys(check.implementation for check in checks))
+    keyed = groupby(checks, key=lambda check: (check.implementation, BY_ID[check.case].algorithm))
+    by_algorithm = [list(group) for _, group in keyed]
+    tasks = [
+        [check for check in group if check.dtype == dtype]
+        for group in by_algorithm
+        for dtype in dict.fromkeys(check.dtype for check in group)
+    ]
+    tasks.sort(key=len, reverse=True)
+    jobs = min(jobs, len(tasks))
+    work = partial(_run_task, peers=peers, device=device)
+    with multiprocessing.get_context("spawn").Pool(jobs) if jobs > 1 else nullcontext() as pool:
+        done = pool.imap_unordered(work, tasks) if pool else map(work, tasks)
+        for task_results in done:
+            yield from task_results
 
 
-def load(implementations: Sequence[Implementation], device: str) -> tuple[dict[str, Make], dict[str, Capabilities]]:
-    """Imports the frameworks and asks each implementation what it can do."""
-    makes: dict[str, Callable[[], Adapter]] = {x.name: x.factory(device) for x in implementations}
-    return makes, {name: make().capabilities() for name, make in makes.items()}
+def capabilities_of(implementations: Sequence[Implementation], device: str) -> dict[str, Capabilities]:
+    """What each implementation says of itself; imports its framework."""
+    return {x.name: _factory(x, device)().capabilities() for x in implementations}
 
 
-def run(
-    checks: Sequence[Check], makes: Mapping[str, Make], capabilities: Mapping[str, Capabilities]
-) -> Iterator[Result]:
-    """Runs the checks in order."""
-    backends = {name: capability.name for name, capability in capabilities.items()}
+@cache
+def _factory(implementation: Implementation, device: str) -> Make:
+    return implementation.factory(device)
+
+
+def _run_task(checks: Sequence[Check], peers: Sequence[Implementation], device: str) -> list[tuple[Check, Result]]:
+    results = []
+    for (implementation, case, dtype), group in groupby(checks, key=lambda check: check[:3]):
+        first_of: dict[str, Implementation] = {}
+        for peer in peers:
+            if peer.backend != implementation.backend:
+                first_of.setdefault(peer.backend, peer)
+        sources = {peer.name: _factory(peer, device) for peer in first_of.values()}
+        results += _run_problem(list(group), _factory(implementation, device), BY_ID[case], dtype, sources)
+    return results
+
+
+def _run_problem(
+    checks: Sequence[Check], make: Make, case: Any, dtype: str, sources: dict[str, Make]
+) -> Iterator[tuple[Check, Result]]:
+    """Runs all modes of one problem on one bench. What an adapter raises becomes a result, never a pass."""
+    capabilities = make().capabilities()
+    problem = Problem(case, dtype, capabilities.weights)
+
+    @cache
+    def bench() -> Bench:
+        return Bench(create(make, problem), problem, make, sources)
+
     for check in checks:
-        yield run_one(check, makes[check.implementation], capabilities[check.implementation], sources_for(check.implementation, makes, backends))
+        if dtype not in capabilities.dtypes or case.algorithm not in capabilities.algorithms:
+            skipped = f"{capabilities.name} does not support {case.algorithm} in {dtype}"
+            yield check, _result(check, SKIPPED, message=skipped)
+        elif check.mode == "transplant" and not sources:
+            yield check, _result(check, SKIPPED, message="no other implementation is selected to take a state from")
+        else:
+            yield check, _run_check(check, bench)
 
 
-def run_one(check: Check, make: Make, capability: Capabilities, sources: Mapping[str, Make]) -> Result:
-    """Runs one check. What an adapter raises becomes the result's message, never a pass."""
-    case = check.case
+def _run_check(check: Check, bench: Callable[[], Bench]) -> Result:
     started = time.perf_counter()
-
-    def result(status: str, margin: float | None = None, message: str = "", ambiguous: bool = False) -> Result:
-        seconds = round(time.perf_counter() - started, 4)
-        return Result(check.implementation, case.id, case.algorithm, check.dtype, check.mode, status, margin, ambiguous, message, seconds)
-
-    if check.dtype not in capability.dtypes or case.algorithm not in capability.algorithms:
-        return result(SKIPPED, message=f"{capability.name} does not support {case.algorithm} in {check.dtype}")
-    if check.mode == "transplant" and not sources:
-        return result(SKIPPED, message="no other implementation is selected to take a state from")
     try:
-        outcome = MODES[check.mode](make, Problem(case, check.dtype, capability.weights), sources)
+        outcome = MODES[check.mode](bench())
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
-        return result(ERRORED, message=f"{type(error).__name__}: {error} ({place.name}, line {place.lineno})")
-    margin = None if outcome.worst is None else outcome.worst.verdict.margin
-    return result(FAILED if outcome.problem else PASSED, margin, outcome.problem or "", outcome.ambiguous)
+        message = f"{type(error).__name__}: {error} (in {place.name}, line {place.lineno})"
+        return _result(check, ERRORED, started, message=message)
+    return _result(check, FAILED if outcome.problem else PASSED, started, outcome, outcome.problem or "")
+
+
+def _result(
+    check: Check, status: str, started: float | None = None, outcome: Outcome | None = None, message: str = ""
+) -> Result:
+    return Result(
+        implementation=check.implementation.name,
+        case=check.case,
+        algorithm=BY_ID[check.case].algorithm,
+        dtype=check.dtype,
+        mode=check.mode,
+        status=status,
+        margin=outcome.worst.verdict.margin if outcome and outcome.worst else None,
+        ambiguous=outcome.ambiguous if outcome else False,
+        message=message,
+        seconds=round(time.perf_counter() - started, 4) if started else 0.0,
+    )

@@ -65,7 +65,7 @@ class Bounded(np.lib.mixins.NDArrayOperatorsMixin):
 
     def __init__(self, value: np.ndarray, error: np.ndarray | float, dtype: np.dtype) -> None:
         self.value = value
-        self.error = np.broadcast_to(error, np.shape(value))
+        self.error: np.ndarray = np.broadcast_to(error, np.shape(value))
         self.dtype = dtype
 
     @classmethod
@@ -82,14 +82,22 @@ class Bounded(np.lib.mixins.NDArrayOperatorsMixin):
         """Rounding to `dtype`: exact when it is at least as precise."""
         if limits(dtype).unit <= limits(self.dtype).unit:
             return Bounded(self.value, self.error, dtype)
-        return _rounded(self.value, self.error, dtype, 1)
+        rounded = _rounded(self.value, self.error, dtype, 1)
+        rounded.error = np.where(np.isfinite(self.value), rounded.error, 0.0)
+        return rounded
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         if method != "__call__" or kwargs or ufunc not in _UFUNCS:
             return NotImplemented
-        operands = [x if isinstance(x, Bounded) else Bounded(np.asarray(x, self.value.dtype), 0.0, self.dtype) for x in inputs]
+        operands = [
+            x if isinstance(x, Bounded) else Bounded(np.asarray(x, self.value.dtype), 0.0, self.dtype) for x in inputs
+        ]
         with np.errstate(all="ignore"):
-            return _UFUNCS[ufunc](*operands)
+            result = _UFUNCS[ufunc](*operands)
+        if isinstance(result, Bounded):  # NaN and infinities propagate exactly (EDGE-2)
+            finite = np.all(np.isfinite(np.broadcast_arrays(*(x.value for x in operands))), axis=0)
+            result.error = np.where(finite, result.error, 0.0)
+        return result
 
     def __array_function__(self, function: Callable, types: Any, args: Any, kwargs: Any) -> Any:
         if function not in _FUNCTIONS:
@@ -98,7 +106,9 @@ class Bounded(np.lib.mixins.NDArrayOperatorsMixin):
             return _FUNCTIONS[function](*args, **kwargs)
 
 
-def _rounded(value: np.ndarray, error: np.ndarray, dtype: np.dtype, roundings: int, scale: np.ndarray | None = None) -> Bounded:
+def _rounded(
+    value: np.ndarray, error: np.ndarray, dtype: np.dtype, roundings: int, scale: np.ndarray | None = None
+) -> Bounded:
     """`value` known to `error`, after `roundings` roundings relative to `scale` (by default |value| + error)."""
     unit, underflow, largest = limits(dtype)
     unit += float(np.finfo(value.dtype).eps) / 2  # the reference rounds too
@@ -106,7 +116,7 @@ def _rounded(value: np.ndarray, error: np.ndarray, dtype: np.dtype, roundings: i
     bound = error + roundings * unit * scale
     bound = np.where(bound + scale > 0, bound + underflow, bound)  # PREC-5
     bound = np.where(np.abs(value) + bound > largest, np.inf, bound)  # may overflow: no statement
-    return Bounded(value, np.where(np.isfinite(value), bound, 0.0), dtype)
+    return Bounded(value, bound, dtype)
 
 
 def _add(a: Bounded, b: Bounded) -> Bounded:
@@ -152,8 +162,12 @@ def _less(a: Bounded, b: Bounded) -> Possible:
 
 def _sum(a: Bounded, axis: tuple[int, ...], keepdims: bool) -> Bounded:
     terms = math.prod(a.shape[i] for i in axis)
-    value, error, scale = (np.sum(x, axis=axis, keepdims=keepdims) for x in (a.value, a.error, np.abs(a.value) + a.error))
-    return _rounded(value, error, a.dtype, roundings_of_a_sum(terms), scale)
+    value, error, scale = (
+        np.sum(x, axis=axis, keepdims=keepdims) for x in (a.value, a.error, np.abs(a.value) + a.error)
+    )
+    total = _rounded(value, error, a.dtype, roundings_of_a_sum(terms), scale)
+    total.error = np.where(np.isfinite(value), total.error, 0.0)
+    return total
 
 
 def _where(condition: np.ndarray, a: Bounded, b: Bounded) -> Bounded:
@@ -168,7 +182,11 @@ def _full_like(like: Bounded, value: float | np.longdouble, shape: tuple[int, ..
     """A coefficient (PREC-2); 0 and 1 are exact."""
     wide = np.full(shape, value, like.value.dtype)
     exact = value in (0, 1)
-    return Bounded(wide, 0.0, like.dtype) if exact else _rounded(wide, np.zeros(shape), like.dtype, ROUNDINGS_OF_A_COEFFICIENT)
+    return (
+        Bounded(wide, 0.0, like.dtype)
+        if exact
+        else _rounded(wide, np.zeros(shape), like.dtype, ROUNDINGS_OF_A_COEFFICIENT)
+    )
 
 
 _UFUNCS: dict[np.ufunc, Callable[..., Any]] = {

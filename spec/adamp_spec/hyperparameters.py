@@ -32,7 +32,9 @@ DOMAINS = {
     "beta2": Domain(0.0, 1.0),
     "momentum": Domain(0.0, 1.0),
     "dampening": Domain(0.0, 1.0, closed=True),
-    "eps": Domain(SMALLEST_NORMAL_FLOAT32, math.inf),  # survives rounding to every working type, so nothing divides by 0
+    "eps": Domain(
+        SMALLEST_NORMAL_FLOAT32, math.inf
+    ),  # survives rounding to every working type, so nothing divides by 0
     "weight_decay": Domain(0.0, math.inf),
     "delta": Domain(0.0, math.inf),
     "wd_ratio": Domain(0.0, math.inf),

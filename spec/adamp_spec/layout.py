@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ class Layout:
         """
         seen = shape if self.view is None else self.view
         if math.prod(seen) != math.prod(shape):
-            raise ValueError(f"view={self.view} holds {math.prod(seen)} elements but shape {shape} has {math.prod(shape)}")
+            raise ValueError(
+                f"view={self.view} holds {math.prod(seen)} elements but shape {shape} has {math.prod(shape)}"
+            )
         batch = self._axes("batch", self.batch, seen)
         channel = self._axes("channel", self.channel or (), seen) if seen else ()
         rank = len(seen) - len(batch)
@@ -111,7 +114,9 @@ class Layout:
         rank = len(shape)
         for axis in axes:
             if not -rank <= axis < rank:
-                raise ValueError(f"{name} axis {axis} of {self} does not exist in shape {shape}; use -{rank} to {rank - 1}")
+                raise ValueError(
+                    f"{name} axis {axis} of {self} does not exist in shape {shape}; use -{rank} to {rank - 1}"
+                )
         positive = tuple(sorted(axis % rank for axis in axes))
         if len(set(positive)) != len(positive):
             raise ValueError(f"{name}={axes} names one axis of shape {shape} twice")
@@ -130,11 +135,10 @@ class Layout:
 
 
 def _integers(name: str, value: int | Iterable[int]) -> tuple[int, ...]:
-    entries = (value,) if isinstance(value, int) else tuple(value)
-    for entry in entries:
-        if isinstance(entry, bool) or not hasattr(entry, "__index__"):
-            raise TypeError(f"{name}={value!r} must hold integers")
-    return tuple(int(entry) for entry in entries)
+    entries = tuple(value) if isinstance(value, Iterable) else (value,)
+    if any(isinstance(entry, bool) or not isinstance(entry, SupportsIndex) for entry in entries):
+        raise TypeError(f"{name} must hold integers, got {value!r}")
+    return tuple(operator.index(entry) for entry in entries)
 
 
 def _short(axes: tuple[int, ...] | None) -> str:
@@ -161,7 +165,7 @@ def assign_layouts(
     shapes: Mapping[str, tuple[int, ...]],
     table: Mapping[str, Layout],
     rules: Sequence[Rule] = (),
-    default: Layout = Layout(),  # noqa: B008 - frozen
+    default: Layout = Layout(),
     *,
     all_used: bool = True,
 ) -> dict[str, Assignment]:
@@ -186,6 +190,8 @@ def assign_layouts(
     for key, layout in table.items():
         if not isinstance(layout, Layout):
             raise TypeError(f"layouts[{key!r}] must be an adamp_spec.Layout, got {layout!r}")
+        if key in shapes:  # a whole path names that parameter only, whatever it would mean as a pattern
+            continue
         try:
             patterns[key] = re.compile(key)
         except re.error as error:
@@ -224,6 +230,16 @@ def format_layouts(assigned: Mapping[str, Assignment]) -> str:
     lines = [("parameter", "shape", "layout", "rows", "chosen by")]
     for path, (shape, layout, origin) in assigned.items():
         rows = layout.rows(shape)
-        lines.append((path, str(shape), str(layout), f"{rows.count} x {rows.length}" if rows.projects else "not projected", origin))
+        lines.append(
+            (
+                path,
+                str(shape),
+                str(layout),
+                f"{rows.count} x {rows.length}" if rows.projects else "not projected",
+                origin,
+            )
+        )
     widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

@@ -6,9 +6,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import keras
 import numpy as np
-import tensorflow as tf
+
+from adamp_conformance.adapters._quiet import silenced_stderr
+
+with silenced_stderr():  # TensorFlow's C++ start-up messages heed no setting
+    import keras
+    import tensorflow as tf
 
 import adamp_tf
 from adamp_conformance.adapter import DTYPES, MOMENTS, Arrays, Capabilities, Parameter, State

@@ -63,7 +63,8 @@ class OptaxAdapter:
             return optax.tree_utils.tree_get(self.state, field)
 
         moments = {
-            moment: {name: np.array(x) for name, x in get(field).items()} for moment, field in _FIELDS[self.algorithm].items()
+            moment: {name: np.array(x) for name, x in get(field).items()}
+            for moment, field in _FIELDS[self.algorithm].items()
         }
         return State(int(get("count")), {name: np.array(x) for name, x in self.parameters.items()}, moments)
 

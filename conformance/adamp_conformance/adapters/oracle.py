@@ -40,7 +40,9 @@ class OracleAdapter:
             for name, gradient in gradients.items():
                 before, *old = self.state.tensors(name).values()
                 state = self.make_state(self.state.step, *old)
-                parameters[name], after, branches[name] = self.take_step(before, gradient, state, self.hyper, self.layouts[name])
+                parameters[name], after, branches[name] = self.take_step(
+                    before, gradient, state, self.hyper, self.layouts[name]
+                )
                 for moment in moments:
                     moments[moment][name] = getattr(after, moment)
         self.state = State(self.state.step + 1, parameters, moments, branches)

@@ -23,7 +23,9 @@ class TorchAdapter:
         self.device = device
 
     def capabilities(self) -> Capabilities:
-        return Capabilities("torch", f"torch {torch.__version__}", self.execution, tuple(MOMENTS), tuple(DTYPES), "torch")
+        return Capabilities(
+            "torch", f"torch {torch.__version__}", self.execution, tuple(MOMENTS), tuple(DTYPES), "torch"
+        )
 
     def create(self, algorithm: str, hyper: Mapping[str, Any], parameters: Mapping[str, Parameter]) -> None:
         self.algorithm = algorithm
@@ -34,7 +36,9 @@ class TorchAdapter:
         options["layouts"] = {self.parameters[name]: x.layout for name, x in parameters.items() if x.layout is not None}
         make = adamp_torch.AdamP if algorithm == "adamp" else adamp_torch.SGDP
         self.optimizer = make(self.parameters.values(), **options)
-        zeros = {moment: {name: np.zeros_like(x.value) for name, x in parameters.items()} for moment in MOMENTS[algorithm]}
+        zeros = {
+            moment: {name: np.zeros_like(x.value) for name, x in parameters.items()} for moment in MOMENTS[algorithm]
+        }
         self.load(State(0, {name: x.value for name, x in parameters.items()}, zeros))
 
     def load(self, state: State) -> None:
@@ -58,7 +62,8 @@ class TorchAdapter:
         states = {name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()}
         (step,) = {int(state["step"]) for state in states.values()}
         moments = {
-            moment: {name: _array(state[key]) for name, state in states.items()} for moment, key in _KEYS[self.algorithm].items()
+            moment: {name: _array(state[key]) for name, state in states.items()}
+            for moment, key in _KEYS[self.algorithm].items()
         }
         return State(step, {name: _array(parameter) for name, parameter in self.parameters.items()}, moments)
 

@@ -1,0 +1,257 @@
+"""What both optimizers share as citizens of torch.optim: groups, checks, state, checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, _get_scalar_dtype, _use_grad_for_differentiable
+
+from adamp_spec import Rows, check_hyperparameter, one_minus_power
+from adamp_torch._layouts import Group, Table, assign_to_groups, check_layouts, group_rows, parameter_paths
+
+_capture_health_check = (
+    getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
+    or Optimizer._cuda_graph_capture_health_check  # its name in older releases of PyTorch
+)
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class ProjectedOptimizer(Optimizer):
+    """Base class of `AdamP` and `SGDP`: a subclass says what its state, hyperparameters and update are.
+
+    Args:
+      params: as for `torch.optim.Optimizer`.
+      defaults: group options.
+      layouts: layouts for the groups that bring none of their own.
+    """
+
+    MOMENTS: ClassVar[tuple[str, ...]]  # state keys of tensors shaped like the parameter; "step" stands beside them
+
+    def __init__(self, params: ParamsT, defaults: Group, layouts: Table | None) -> None:
+        super().__init__(params, {**defaults, "layouts": None})
+        if layouts:
+            paths = parameter_paths(self.param_groups)
+            open_groups = [i for i, group in enumerate(self.param_groups) if group["layouts"] is None]
+            assign_to_groups(layouts, [self.param_groups[i] for i in open_groups], [paths[i] for i in open_groups])
+
+    def _check_hyperparameters(self, group: Group) -> None:
+        """Makes Python floats of the group's hyperparameters, or raises where one lies outside its domain."""
+        raise NotImplementedError
+
+    def _update_group(self, group: Group, rows: list[Rows]) -> None:
+        """Steps the parameters of the group that have a gradient; `rows` are theirs."""
+        raise NotImplementedError
+
+    @torch._disable_dynamo
+    def add_param_group(self, param_group: Group) -> None:
+        """Adds a group; its entry "layouts", if any, is a mapping over the group's own parameters.
+
+        Raises:
+          TypeError, ValueError, RuntimeError: as the constructor; the optimizer stays as it was.
+        """
+        super().add_param_group(param_group)
+        try:
+            paths = parameter_paths(self.param_groups)[-1]
+            if isinstance(param_group["layouts"], Mapping):
+                assign_to_groups(param_group["layouts"], [param_group], [paths])
+            self._check_group(param_group, paths)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: Group, paths: list[str]) -> None:
+        for name in ("nesterov", "capturable", "differentiable", "maximize"):
+            check_flag(name, group[name])
+        require_single_tensor(group["foreach"], group["fused"])
+        group["lr"] = _check_lr(group["lr"])
+        self._check_hyperparameters(group)
+        for path, param in zip(paths, group["params"], strict=True):
+            if param.dtype not in DTYPES:
+                raise TypeError(f"parameter {path!r} has dtype {param.dtype}; {_WANTED}")
+        check_layouts(group, paths)
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Performs one optimization step.
+
+        Args:
+          closure: reevaluates the model and returns the loss.
+
+        Returns:
+          The closure's loss, or None.
+
+        Raises:
+          RuntimeError: a gradient is sparse.
+          TypeError: a gradient is not of a real floating-point dtype.
+          ValueError: a gradient or a state tensor has another shape than its parameter.
+          Nothing has been updated then.
+        """
+        _capture_health_check(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rows = [self._check_gradients(i) for i in range(len(self.param_groups))]
+        for group, rows_of_group in zip(self.param_groups, rows, strict=True):
+            self._update_group(group, rows_of_group)
+        return loss
+
+    def _check_gradients(self, i: int) -> list[Rows]:
+        """The rows of the parameters of group `i` that have a gradient, all of them fit to be stepped."""
+        group = self.param_groups[i]
+        for j, param in enumerate(group["params"]):
+            grad = param.grad
+            if grad is None:
+                continue
+            if grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"the gradient of parameter {self._path(i, j)!r} is {grad.layout}, but sparse gradients are not "
+                    "supported: use sparse=False in the embedding, or set param.grad = param.grad.to_dense()"
+                )
+            if param.dtype not in DTYPES or grad.dtype not in DTYPES:
+                raise TypeError(
+                    f"parameter {self._path(i, j)!r} has dtype {param.dtype} and its gradient {grad.dtype}; {_WANTED}"
+                )
+            if grad.shape != param.shape:
+                raise ValueError(
+                    f"the gradient of parameter {self._path(i, j)!r} has shape {tuple(grad.shape)}, "
+                    f"the parameter {tuple(param.shape)}: compute the gradient again after resizing a parameter"
+                )
+            if torch.compiler.is_compiling():
+                continue  # tracing may run twice, before and after `_init_group` has made the state
+            state = self.state.get(param)
+            if state and state[self.MOMENTS[0]].shape != param.shape:
+                raise ValueError(
+                    f"the state of parameter {self._path(i, j)!r} has shape {tuple(state[self.MOMENTS[0]].shape)}, "
+                    f"the parameter {tuple(param.shape)}: make a new optimizer after resizing a parameter"
+                )
+        return [rows for rows, param in zip(group_rows(group), group["params"], strict=True) if param.grad is not None]
+
+    def _path(self, i: int, j: int) -> str:
+        return parameter_paths(self.param_groups)[i][j]
+
+    def _init_group(
+        self,
+        group: Group,
+        params: list[Tensor],
+        grads: list[Tensor],
+        state_steps: list[Tensor],
+        *moments: list[Tensor],
+    ) -> None:
+        """Appends parameters with a gradient, gradients and state to the lists; makes the state that is missing.
+
+        torch.compile knows this name and runs the method outside the graph.
+        """
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            state = self.state[param]
+            if len(state) == 0:
+                state["step"] = _step_tensor(0, param, group)
+                for name in self.MOMENTS:
+                    state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            params.append(param)
+            grads.append(param.grad)
+            state_steps.append(state["step"])
+            for name, tensors in zip(self.MOMENTS, moments, strict=True):
+                tensors.append(state[name])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes what `load_state_dict` (state and groups, nothing else) or unpickling brings, after checking all of it.
+
+        A group option that a checkpoint lacks, as those of adamp 0.3.0 and timm do, stays what it is here.
+
+        Raises:
+          ValueError, TypeError, RuntimeError: the state belongs to another model or optimizer, or a group
+            option is one that the constructor refuses; the optimizer stays as it was.
+        """
+        groups = state["param_groups"]
+        for group, own in zip(groups, self.__dict__.get("param_groups", groups), strict=True):
+            for name, value in own.items():
+                group.setdefault(name, value)
+        for group, paths in zip(groups, parameter_paths(groups), strict=True):
+            self._check_group(group, paths)
+            for path, param in zip(paths, group["params"], strict=True):
+                if entry := state["state"].get(param):
+                    self._check_entry(entry, path, param)
+                    entry["step"] = _step_tensor(entry["step"], param, group)
+        super().__setstate__(state)
+
+    def _check_entry(self, entry: dict[str, Any], path: str, param: Tensor) -> None:
+        if set(entry) != {"step", *self.MOMENTS}:
+            raise ValueError(
+                f"the state of parameter {path!r} holds {sorted(entry)}, but {type(self).__name__} keeps "
+                f"{['step', *self.MOMENTS]}: load a checkpoint of {type(self).__name__}"
+            )
+        for name in self.MOMENTS:
+            if entry[name].shape != param.shape:
+                raise ValueError(
+                    f"state {name!r} of parameter {path!r} has shape {tuple(entry[name].shape)}, the parameter "
+                    f"{tuple(param.shape)}: load a checkpoint of this model, with its parameters in the same order"
+                )
+
+
+_WANTED = (
+    "AdamP and SGDP are defined for float64, float32, bfloat16 and float16 (view a complex tensor as two real ones)"
+)
+
+
+def require_single_tensor(foreach: bool | None, fused: bool | None) -> None:
+    """Raises RuntimeError unless the single-tensor path will do."""
+    for name, flag in (("foreach", foreach), ("fused", fused)):
+        if flag:
+            raise RuntimeError(f"{name}=True is not available yet; pass {name}=None or {name}=False")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a tensor of `dtype` is computed in (PREC-1)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def load(x: Tensor, rows: Rows, dtype: torch.dtype, differentiable: bool = False) -> Tensor:
+    """`x` in the working dtype and in the shape of its rows; a copy where autograd will need it after `store`."""
+    return (x.clone() if differentiable else x).to(dtype).reshape(rows.shape)
+
+
+def store(x: Tensor, target: Tensor) -> None:
+    """Writes `x` to `target`, in place and with the one rounding of PREC-6."""
+    target.copy_(x.reshape(target.shape))
+
+
+def coefficient(x: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """A number as it is, a tensor as a scalar that never widens what it multiplies."""
+    return x.to(dtype).reshape(()) if isinstance(x, Tensor) else x
+
+
+def bias_correction(beta: float, step: Tensor, dtype: torch.dtype, capturable: bool) -> float | Tensor:
+    """1 - beta**step without cancellation (PREC-2): on the host in double, or on the device when capturable."""
+    if not capturable:
+        return float(one_minus_power(beta, int(step.item())))
+    return -torch.expm1(step.to(dtype) * math.log(beta)) if beta > 0 else 1.0
+
+
+def _step_tensor(value: float | Tensor, param: Tensor, group: Group) -> Tensor:
+    """The step counter where torch.optim keeps it: on the host, unless the step must be capturable."""
+    device = param.device if group["capturable"] else torch.device("cpu")
+    dtype = torch.float32 if group["capturable"] else _get_scalar_dtype()
+    return torch.as_tensor(value, dtype=dtype, device=device)
+
+
+def _check_lr(lr: float | Tensor) -> float | Tensor:
+    if not isinstance(lr, Tensor):
+        return check_hyperparameter("lr", lr)
+    if lr.numel() != 1:
+        raise ValueError(f"a tensor lr must hold one element, got shape {tuple(lr.shape)}")
+    check_hyperparameter("lr", lr.item())
+    return lr

@@ -1,0 +1,222 @@
+"""SGDP (Heo et al., ICLR 2021, arXiv 2006.08217)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from adamp_spec import Rows, check_hyperparameter, check_nesterov
+from adamp_torch._base import (
+    ProjectedOptimizer,
+    check_flag,
+    coefficient,
+    load,
+    require_single_tensor,
+    store,
+    working_dtype,
+)
+from adamp_torch._layouts import Group, Table
+from adamp_torch._projection import project
+
+
+class SGDP(ProjectedOptimizer):
+    r"""SGD with decoupled decay whose update loses its radial part wherever the weights are scale-invariant.
+
+    .. math::
+        m &\leftarrow \mu\,m + (1-\text{dampening})\,g, \qquad q = \Pi(m) \\
+        p &\leftarrow p\,\Big(1 - \eta\,\frac{\lambda}{1-\mu}\,w\Big) - \eta\,q
+
+    Projection and `w` are those of `AdamP`. The momentum buffer starts at zero and dampening applies from
+    the first step (unlike `torch.optim.SGD`). With `delta=0` nothing is projected.
+
+    A drop-in replacement for `adamp.SGDP` 0.3.0 with `project_momentum=True`, whose checkpoints
+    `load_state_dict` continues; with `project_momentum=False` it is the paper's Algorithm 1 and today's timm.
+
+    State per parameter: `step` (scalar tensor, on the CPU unless `capturable`; counts, enters nothing) and
+    `momentum` (shape, strides and dtype of the parameter). float16 and bfloat16 parameters are computed
+    in float32.
+
+    Args:
+      params: parameters, named parameters, or dicts of parameter groups; each group may set any option.
+        Tensors of dtype float64, float32, bfloat16 or float16, of any strides.
+      lr: learning rate, a number or a tensor of one element.
+      momentum: decay rate of the buffer, in [0, 1).
+      dampening: the gradient enters the buffer multiplied by 1 - dampening; in [0, 1].
+      weight_decay: decoupled weight decay, applied as weight_decay / (1 - momentum).
+      nesterov: step along :math:`g + \mu m` in place of `m`; needs a momentum above 0.
+      eps: floor of the norms in the cosine; added to the norm that the projection divides by.
+      delta: threshold of the cosine, relative to the square root of the row length.
+      wd_ratio: factor on the decay of projected tensors.
+      project_momentum: keep the projected direction as the buffer, which is what the official package does.
+        No effect with `nesterov`.
+      layouts, foreach, fused, capturable, differentiable, maximize: as for `AdamP`.
+
+    Raises:
+      ValueError: a hyperparameter outside its domain; a layout that fits no parameter, or not its own.
+      TypeError: a hyperparameter of another type; a parameter of another dtype.
+      RuntimeError: `foreach` or `fused` is True.
+    """
+
+    MOMENTS = ("momentum",)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        eps: float = 1e-8,
+        delta: float = 0.1,
+        wd_ratio: float = 0.1,
+        *,
+        project_momentum: bool = False,
+        layouts: Table | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "eps": eps,
+            "delta": delta,
+            "wd_ratio": wd_ratio,
+            "project_momentum": project_momentum,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, layouts)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for entry in state["state"].values():
+            if isinstance(entry, dict) and "momentum" in entry:
+                entry.setdefault("step", 0)  # the official package and timm do not count SGDP's steps
+        super().__setstate__(state)
+
+    def _check_hyperparameters(self, group: Group) -> None:
+        check_flag("project_momentum", group["project_momentum"])
+        for name in ("momentum", "dampening", "weight_decay", "eps", "delta", "wd_ratio"):
+            group[name] = check_hyperparameter(name, group[name])
+        check_nesterov(group["nesterov"], group["momentum"])
+
+    def _update_group(self, group: Group, rows: list[Rows]) -> None:
+        params: list[Tensor] = []
+        grads: list[Tensor] = []
+        state_steps: list[Tensor] = []
+        momenta: list[Tensor] = []
+        self._init_group(group, params, grads, state_steps, momenta)
+        sgdp(
+            params,
+            grads,
+            momenta,
+            state_steps,
+            rows,
+            lr=group["lr"],
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            eps=group["eps"],
+            delta=group["delta"],
+            wd_ratio=group["wd_ratio"],
+            project_momentum=group["project_momentum"],
+            maximize=group["maximize"],
+            foreach=group["foreach"],
+            fused=group["fused"],
+            differentiable=group["differentiable"],
+        )
+
+
+def sgdp(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    state_steps: list[Tensor],
+    rows: list[Rows],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    eps: float,
+    delta: float,
+    wd_ratio: float,
+    project_momentum: bool,
+    maximize: bool = False,
+    foreach: bool | None = None,
+    fused: bool | None = None,
+    differentiable: bool = False,
+) -> None:
+    """Functional form: steps `params`, `momenta` and `state_steps` in place. See `SGDP`."""
+    require_single_tensor(foreach, fused)
+    _single_tensor_sgdp(
+        params,
+        grads,
+        momenta,
+        state_steps,
+        rows,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        eps=eps,
+        delta=delta,
+        wd_ratio=wd_ratio,
+        project_momentum=project_momentum,
+        maximize=maximize,
+        differentiable=differentiable,
+    )
+
+
+def _single_tensor_sgdp(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    state_steps: list[Tensor],
+    rows: list[Rows],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    eps: float,
+    delta: float,
+    wd_ratio: float,
+    project_momentum: bool,
+    maximize: bool,
+    differentiable: bool,
+) -> None:
+    for param, grad, buffer, t, r in zip(params, grads, momenta, state_steps, rows, strict=True):
+        dtype = working_dtype(param.dtype)
+        p, m = (load(x, r, dtype, differentiable) for x in (param, buffer))
+        g = load(-grad if maximize else grad, r, dtype)
+        t += 1
+        eta = coefficient(lr, dtype)
+
+        m = torch.add(momentum * m, g, alpha=1 - dampening)  # SGDP-1
+        q = g + momentum * m if nesterov else m  # SGDP-2
+        q, ratio = project(q, p, g, r, delta=delta, wd_ratio=wd_ratio, eps=eps)
+        if project_momentum and not nesterov:
+            m = q  # SGDP-3
+        if weight_decay > 0:
+            p = p * (1 - eta * (weight_decay / (1 - momentum)) * ratio)  # SGDP-4
+        p = p - eta * q  # SGDP-5
+
+        store(p, param)
+        store(m, buffer)
