@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax  # type: ignore[import-untyped]
+import optax
 
 from adamp_jax._layouts import Layouts, assign, path_name
 from adamp_spec import Rows, check_hyperparameter

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax  # type: ignore[import-untyped]
+import optax
 
 from adamp_spec import Assignment, Layout, Rule, assign_layouts, format_layouts
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax  # type: ignore[import-untyped]
+import optax
 
 from adamp_jax._base import decayed, hyperparameter, map_leaves, scheduled, zeros_like
 from adamp_jax._layouts import Layouts, assign

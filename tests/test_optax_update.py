@@ -74,7 +74,9 @@ def gradient(rng, param, layout, branches):
     if rows.projects:
         orthogonal = noise - along(noise, rows.row)
         tilted = p * rng.standard_normal(np.sum(p, axis=rows.row, keepdims=True).shape)
-        choices = [noise + p, orthogonal, orthogonal + tilted - along(tilted, rows.layer)]
+        one_row = np.zeros(rows.shape)  # a single row of the slice is enough against the channel view
+        one_row[tuple(0 if axis in rows.channel else slice(None) for axis in range(p.ndim))] = 0.8
+        choices = [orthogonal + one_row * p, orthogonal, orthogonal + tilted - along(tilted, rows.layer)]
         noise = np.select([np.reshape(branches, rows.slices) == branch for branch in Branch], choices)
     return noise.reshape(param.shape).astype(param.dtype)
 

@@ -7,7 +7,7 @@ framework stores them. Nothing tells the implementation which axis is which: its
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -62,8 +62,9 @@ def to_torch(weight: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(weight, (-1, -2), (0, 1)) if weight.ndim > 1 else weight)
 
 
-_TO_TORCH = {"torch": np.asarray, "keras": to_torch}
-_FROM_TORCH = {"torch": np.asarray, "keras": to_keras}
+Convert = Callable[[np.ndarray], np.ndarray]
+_TO_TORCH: dict[str, Convert] = {"torch": np.asarray, "keras": to_torch}
+_FROM_TORCH: dict[str, Convert] = {"torch": np.asarray, "keras": to_keras}
 
 
 def loss(weights: list[Any], images: np.ndarray, labels: np.ndarray) -> Any:

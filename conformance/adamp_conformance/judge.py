@@ -46,7 +46,7 @@ class Place(NamedTuple):
 
     parameter: str
     tensor: str
-    index: tuple[int, ...]
+    at: tuple[int, ...]
 
 
 class Verdict(NamedTuple):
@@ -94,13 +94,13 @@ def expected_outcomes(
       Undecidable: a bound is infinite.
     """
     make_hyper, make_state, take_step = ALGORITHMS[algorithm]
-    hyper = make_hyper(**hyper)
+    checked = make_hyper(**hyper)
     rows = layout.rows(gradient.shape)
     p, g = Bounded.exact(before["p"]), Bounded.exact(gradient)
     state = make_state(step, *(Bounded.exact(before[moment]) for moment in MOMENTS[algorithm]))
 
-    widest = before["p"].astype(np.longdouble), gradient.astype(np.longdouble)
-    tests = decide(*(widest if exact else (p, g)), hyper, rows)
+    p_test, g_test = (before["p"].astype(np.longdouble), gradient.astype(np.longdouble)) if exact else (p, g)
+    tests = decide(p_test, g_test, checked, rows)
     channel, layer = (test if isinstance(test, Possible) else Possible(test, test) for test in tests)
     legal = {
         Branch.CHANNEL: channel.possible,
@@ -110,7 +110,7 @@ def expected_outcomes(
     outcomes = []
     for branch, slices in legal.items():
         if np.any(slices):
-            new_p, new_state, _ = take_step(p, g, state, hyper, layout, branch=np.full(rows.slices, branch))
+            new_p, new_state, _ = take_step(p, g, state, checked, layout, branch=np.full(rows.slices, branch))
             tensors = {"p": new_p} | dict(zip(MOMENTS[algorithm], new_state[1:], strict=True))
             for name, bounded in tensors.items():
                 if not np.all(np.isfinite(bounded.error)):
@@ -174,14 +174,14 @@ def judge_step(
             elements = worst_elements(got, outcomes, branches[name], rows)
             tensor = max(elements, key=lambda key: elements[key].margin, default="p")
             worst = margin
-            place = Place(name, tensor, elements[tensor].index) if elements else None
+            place = Place(name, tensor, elements[tensor].at) if elements else None
     return Verdict(worst, place, branches, ambiguous)
 
 
 class Element(NamedTuple):
     """The worst element of one array, and the outcome that it was compared with."""
 
-    index: tuple[int, ...]
+    at: tuple[int, ...]
     margin: float
     bounded: Bounded
 

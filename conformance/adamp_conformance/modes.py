@@ -196,7 +196,7 @@ def _describe(step: Step, problem: Problem) -> str | None:
         return None
     place = verdict.place
     return (
-        f"{place.tensor} of {place.parameter!r}{list(place.index)} is off by {verdict.margin:.3g} times the bound"
+        f"{place.tensor} of {place.parameter!r}{list(place.at)} is off by {verdict.margin:.3g} times the bound"
         f" at step {step.after.step}"
     )
 

@@ -108,14 +108,14 @@ def _elements(problem: Problem, step: Step, name: str, layout: Layout) -> Iterat
     )
     scores = worst_elements(got, outcomes, step.verdict.branches[name], layout.rows(gradient.shape))
     digits = 17 if problem.dtype == "float64" else 9
-    for tensor, (index, margin, bounded) in scores.items():
-        value, error = bounded.value[index], bounded.error[index]
+    for tensor, (at, margin, bounded) in scores.items():
+        value, error = bounded.value[at], bounded.error[at]
         old, slope, low, new, high = (
             f"{float(x):.{digits}g}"
-            for x in (before[tensor][index], gradient[index], value - error, got[tensor][index], value + error)
+            for x in (before[tensor][at], gradient[at], value - error, got[tensor][at], value + error)
         )
         color = "green" if margin <= 1 else "red"
-        yield f"  {tensor}{escape(str(list(index)))} was {old}, gradient {slope}"
+        yield f"  {tensor}{escape(str(list(at)))} was {old}, gradient {slope}"
         yield f"    legal {low} to {high}, got {new}, margin [{color}]{margin:.3g}[/]"
 
 

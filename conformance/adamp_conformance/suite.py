@@ -80,7 +80,7 @@ def _factory(implementation: Implementation, device: str) -> Make:
 
 
 def _run_task(checks: Sequence[Check], peers: Sequence[Implementation], device: str) -> list[tuple[Check, Result]]:
-    results = []
+    results: list[tuple[Check, Result]] = []
     for (implementation, case, dtype), group in groupby(checks, key=lambda check: check[:3]):
         first_of: dict[str, Implementation] = {}
         for peer in peers:

@@ -18,7 +18,8 @@ class Domain(NamedTuple):
     def __contains__(self, value: object) -> bool:
         if not isinstance(value, Real):
             return False
-        return self.low <= value < self.high or (self.closed and value == self.high)
+        number = float(value)
+        return self.low <= number < self.high or (self.closed and number == self.high)
 
     def __str__(self) -> str:
         return f"[{self.low:g}, {self.high:g}{']' if self.closed else ')'}"

@@ -18,6 +18,8 @@ import adamp_tf
 from adamp_conformance.adapter import DTYPES, MOMENTS, Arrays, Capabilities, Parameter, State
 from adamp_spec import Layout
 
+tf.get_logger().setLevel("ERROR")  # it warns of retracing where every case is a function of its own
+
 _SPELLING = {"lr": "learning_rate", "beta1": "beta_1", "beta2": "beta_2", "eps": "epsilon"}
 _SLOTS = {"adamp": {"m": "momentum", "v": "velocity"}, "sgdp": {"m": "momentum"}}
 

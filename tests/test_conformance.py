@@ -1,0 +1,384 @@
+"""The harness: its verdicts on implementations that are wrong in each way it claims to notice; command and files."""
+
+import json
+import re
+from dataclasses import replace
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.nn import functional
+
+from adamp_conformance import cli, implementations, suite
+from adamp_conformance.adapter import DTYPES, State
+from adamp_conformance.adapters.oracle import OracleAdapter
+from adamp_conformance.cases import DESIGNED
+from adamp_conformance.digits import BATCH, DIGITS, data, initial_weights, loss, to_keras, to_torch
+from adamp_conformance.implementations import Implementation
+from adamp_conformance.judge import ALGORITHMS, expected_outcomes, judge_step
+from adamp_conformance.modes import MODES, Bench, Problem, create
+from adamp_conformance.results import Result, exit_code, write
+from adamp_conformance.spec_files import spec_file
+from adamp_conformance.suite import BY_ID
+from adamp_spec import Branch
+
+
+def bench(make=OracleAdapter, case="adamp/run", dtype="float32", sources=None):
+    problem = Problem(BY_ID[case], dtype, "torch")
+    return Bench(create(make, problem), problem, make, sources or {})
+
+
+def run(*arguments):
+    return CliRunner().invoke(cli.main, ["run", "--jobs", "1", *arguments])
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize("case", DESIGNED, ids=lambda case: case.id)
+def test_designed_cases_are_decisive_and_bounded(case):
+    """One legal outcome for every slice, but for the tensor that is meant to straddle the threshold."""
+    for dtype in DTYPES:
+        problem = Problem(case, dtype, "torch")
+        before = problem.initial()
+        for name, gradient in problem.gradients(before).items():
+            if name == "straddling":
+                continue
+            arguments = case.hyper, case.layouts("torch")[name], before.tensors(name), before.step, gradient
+            outcomes = expected_outcomes(case.algorithm, *arguments, name in case.exact)
+            assert np.all(np.sum([outcome.legal for outcome in outcomes], axis=0) == 1), (name, dtype)
+
+
+def test_the_tensors_take_the_branches_that_they_are_named_for():
+    for case in ("adamp/views", "sgdp/views"):
+        outcome = MODES["step"](bench(case=case))
+        branches = {name: int(branch.max()) for name, branch in outcome.worst.verdict.branches.items()}
+        assert [branches[name] for name in ("channel", "layer", "none", "vector")] == [
+            Branch.CHANNEL,
+            Branch.LAYER,
+            Branch.NONE,
+            Branch.NONE,
+        ]
+
+
+@pytest.mark.parametrize("mode", ["shadow", "resume", "purity"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_oracle_conforms(mode, dtype):
+    assert MODES[mode](bench(dtype=dtype)).problem is None
+
+
+def test_a_state_goes_from_one_implementation_to_another():
+    outcome = MODES["transplant"](bench(sources={"oracle": OracleAdapter}))
+    assert outcome.problem is None
+    assert MODES["transplant"](bench()).problem == "no source of a state in float32"
+
+
+class Nudged(OracleAdapter):
+    """Adds one bit too much to one element."""
+
+    def dump(self):
+        state = super().dump()
+        parameters = {name: x.copy() for name, x in state.parameters.items()}
+        if state.step:
+            x = parameters["dense"]
+            for _ in range(8):
+                x[3, 5] = np.nextafter(x[3, 5], x.dtype.type(np.inf))
+        return replace(state, parameters=parameters)
+
+
+class LiesAboutBranch(OracleAdapter):
+    def dump(self):
+        state = super().dump()
+        lies = {name: (branch + 1) % 3 for name, branch in (state.branches or {}).items()}
+        return replace(state, branches=lies or None)
+
+
+# With project_momentum the two outcomes at the threshold differ in the moment as well.
+PROJECTED_THRESHOLD = replace(BY_ID["sgdp/threshold"], hyper=BY_ID["sgdp/threshold"].hyper | {"project_momentum": True})
+
+
+class MixesOutcomes(OracleAdapter):
+    """Moments of one outcome, parameters of another, where the test may go either way."""
+
+    def dump(self):
+        state = super().dump()
+        if state.branches is None:
+            return state
+        problem = Problem(PROJECTED_THRESHOLD, "float32", "torch")
+        before = problem.initial()
+        gradient = problem.gradients(before)["straddling"]
+        layout, hyper = problem.layouts()["straddling"], problem.case.hyper
+        outcomes = expected_outcomes("sgdp", hyper, layout, before.tensors("straddling"), before.step, gradient)
+        assert len(outcomes) == 2
+        p, m = (outcomes[i].tensors[name].value.astype(np.float32) for i, name in ((0, "p"), (1, "m")))
+        return State(
+            state.step,
+            state.parameters | {"straddling": p},
+            {"m": state.moments["m"] | {"straddling": m}},
+        )
+
+
+class ForgetsStep(OracleAdapter):
+    def dump(self):
+        return replace(super().dump(), step=0)
+
+
+class ChangesDtype(OracleAdapter):
+    def dump(self):
+        state = super().dump()
+        wide = {name: x.astype(np.float64) for name, x in state.parameters.items()}
+        return replace(state, parameters=wide) if state.step else state
+
+
+class WritesToGradient(OracleAdapter):
+    def step(self, gradients):
+        super().step(gradients)
+        for gradient in gradients.values():
+            gradient *= 2
+
+
+class Impure(OracleAdapter):
+    calls = 0
+
+    def step(self, gradients):
+        super().step(gradients)
+        type(self).calls += 1
+        self.state.parameters["dense"][0, 0] += np.float32(self.calls * 1e-6)
+
+
+class KeepsSomethingBack(OracleAdapter):
+    """A state beside the state: a momentum that is not dumped."""
+
+    def create(self, *arguments):
+        super().create(*arguments)
+        self.hidden = 0.0
+
+    def step(self, gradients):
+        super().step(gradients)
+        self.hidden += 1e-3
+        self.state.parameters["dense"][0, 0] += np.float32(self.hidden)
+
+
+class RoundsOnLoading(OracleAdapter):
+    def load(self, state):
+        halved = {name: x.astype(np.float16).astype(x.dtype) for name, x in state.parameters.items()}
+        super().load(replace(state, parameters=halved))
+
+
+class Nan(OracleAdapter):
+    def step(self, gradients):
+        super().step(gradients)
+        self.state.parameters["bias"][0] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("make", "mode", "words"),
+    [
+        (Nudged, "shadow", r"p of 'dense'\[3, 5\] is off by"),
+        (LiesAboutBranch, "shadow", "off by inf"),
+        (Nan, "shadow", r"p of 'bias'\[0\] is off by inf"),
+        (ForgetsStep, "shadow", "step count went from 0 to 0"),
+        (ChangesDtype, "shadow", r"went from float32.* to float64"),
+        (WritesToGradient, "purity", "wrote to the gradient of 'kernel'"),
+        (Impure, "purity", "p of 'dense' differs: the first time and the second time"),
+        (RoundsOnLoading, "purity", "differs: loaded and held after loading"),
+        (KeepsSomethingBack, "resume", "p of 'dense' differs: going on and resumed"),
+        (RoundsOnLoading, "transplant", "handed over by oracle"),
+    ],
+)
+def test_a_wrong_implementation_fails(make, mode, words):
+    outcome = MODES[mode](bench(make, sources={"oracle": OracleAdapter}))
+    assert outcome.problem is not None
+    assert re.search(words, outcome.problem), outcome.problem
+
+
+def test_a_mix_of_two_legal_outcomes_is_not_legal():
+    case = PROJECTED_THRESHOLD
+    problem = Problem(case, "float32", "torch")
+    before, gradients = problem.initial(), problem.gradients(problem.initial())
+    adapter = create(MixesOutcomes, problem)
+    adapter.load(before)
+    adapter.step(gradients)
+    whole, mixed = OracleAdapter.dump(adapter), adapter.dump()
+    assert judge_step("sgdp", case.hyper, problem.layouts(), before, gradients, whole, case.exact).conforms
+    verdict = judge_step("sgdp", case.hyper, problem.layouts(), before, gradients, mixed, case.exact)
+    assert not verdict.conforms
+    assert verdict.place.parameter == "straddling"
+
+
+def test_either_whole_outcome_is_legal_near_the_threshold():
+    problem = Problem(BY_ID["adamp/threshold"], "float32", "torch")
+    case, before = problem.case, problem.initial()
+    gradients = problem.gradients(before)
+    make_hyper, make_state, take_step = ALGORITHMS["adamp"]
+    for branch in (Branch.CHANNEL, Branch.NONE):
+        adapter = create(OracleAdapter, problem)
+        adapter.load(before)
+        adapter.step(gradients)
+        after = replace(adapter.dump(), branches=None)
+        old = before.tensors("straddling")
+        new, _, _ = take_step(
+            old["p"],
+            gradients["straddling"],
+            make_state(before.step, old["m"], old["v"]),
+            make_hyper(**case.hyper),
+            problem.layouts()["straddling"],
+            branch=np.full((1, 1), branch),
+        )
+        after.parameters["straddling"] = new
+        verdict = judge_step("adamp", case.hyper, problem.layouts(), before, gradients, after, case.exact)
+        assert verdict.conforms
+        assert verdict.ambiguous
+        assert verdict.branches["straddling"] == branch
+
+
+# Digits
+
+
+def test_the_network_is_the_one_that_torch_differentiates():
+    case = DIGITS[0]
+    state = case.initial("float32", "torch")
+    ours = case.gradients(0, state.parameters, "torch")
+    images, labels = data()
+    chosen = np.arange(BATCH) * 7 % len(images)
+    w = {name: torch.tensor(x.astype(np.float64), requires_grad=True) for name, x in state.parameters.items()}
+    x = torch.tensor(images[chosen])[:, None]
+    for i, pool in ((1, 2), (2, 4)):
+        x = functional.conv2d(x, w[f"conv{i}.weight"], padding=1)
+        x = functional.batch_norm(x, None, None, w[f"bn{i}.weight"], w[f"bn{i}.bias"], training=True)
+        x = functional.avg_pool2d(x.relu(), pool)
+    value = functional.cross_entropy(x.flatten(1) @ w["fc.weight"].T + w["fc.bias"], torch.tensor(labels[chosen]))
+    value.backward()
+    assert loss([x.detach().numpy() for x in w.values()], images[chosen], np.eye(10)[labels[chosen]]) == pytest.approx(
+        value.item()
+    )
+    for name, parameter in w.items():
+        np.testing.assert_allclose(ours[name], parameter.grad.numpy(), rtol=1e-4, atol=1e-7)
+
+
+def test_the_forms_of_weights_convert_both_ways():
+    torch_form, keras_form = (list(initial_weights(form).values()) for form in ("torch", "keras"))
+    for ours, theirs in zip(torch_form, keras_form, strict=True):
+        np.testing.assert_array_equal(to_torch(theirs), ours)
+        np.testing.assert_array_equal(to_keras(ours), theirs)
+
+
+# The command
+
+
+def test_conforming_exits_0_and_writes_what_the_schema_says(tmp_path):
+    path = tmp_path / "results.jsonl"
+    result = run("--backend", "oracle", "-k", "adamp/zeros", "--json", str(path))
+    assert result.exit_code == 0, result.output
+    assert "4/4" in result.output
+    schema = json.loads(spec_file("schema/result.schema.json").read_text())
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        jsonschema.validate(record, schema)
+    assert [record["kind"] for record in records] == ["header", *["result"] * 4, "footer"]
+    assert records[-1]["passed"] == 4
+
+
+def test_the_schema_refuses_what_is_not_a_result(tmp_path):
+    good = Result("oracle-numpy", "adamp/views", "adamp", "float32", "step", "passed", 0.5, False, "", 0.1)
+    write(tmp_path / "good", [good], {}, [])
+    for bad in ({"status": "fine"}, {"margin": -1.0}, {"dtype": "int8"}, {"case": "views"}):
+        with pytest.raises(jsonschema.ValidationError):
+            write(tmp_path / "bad", [replace(good, **bad)], {}, [])
+    assert not (tmp_path / "bad").exists()
+
+
+def test_nothing_selected_exits_3():
+    result = run("--backend", "oracle", "-k", "no such case")
+    assert result.exit_code == 3
+    assert "nothing to check" in result.output
+
+
+def test_unknown_names_are_usage_errors():
+    for arguments in (["--backend", "tensorflow"], ["--mode", "fast"], ["--dtype", "float8"]):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        assert "Invalid value" in result.output
+
+
+def test_a_missing_backend_is_named_with_its_remedy(monkeypatch):
+    real = implementations.find_spec
+    monkeypatch.setattr(implementations, "find_spec", lambda name: None if name in {"jax", "optax"} else real(name))
+    result = run("--backend", "optax", "-k", "adamp/zeros")
+    assert result.exit_code == 2
+    text = " ".join(result.output.split())
+    assert "optax: jax, optax not installed" in text
+    assert 'pip install "adamp-parity[jax,conformance]"' in text
+
+
+def with_adapter(monkeypatch, make):
+    monkeypatch.setattr(Implementation, "factory", lambda self, device: make)
+    suite._factory.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def fresh_factories():
+    yield
+    suite._factory.cache_clear()
+
+
+class Crashes(OracleAdapter):
+    def step(self, gradients):
+        raise RuntimeError("out of memory")
+
+
+def test_an_adapter_that_raises_exits_2_and_is_never_a_pass(monkeypatch):
+    with_adapter(monkeypatch, Crashes)
+    result = run("--backend", "oracle", "-k", "adamp/zeros")
+    assert result.exit_code == 2
+    assert "errored adamp/zeros oracle-numpy float64 step: RuntimeError: out of memory" in " ".join(
+        result.output.split()
+    )
+    assert "0/4" in result.output
+
+
+class HalfOnly(OracleAdapter):
+    def capabilities(self):
+        return replace(super().capabilities(), dtypes=("float16",))
+
+
+def test_a_skip_stays_in_the_denominator(monkeypatch):
+    with_adapter(monkeypatch, HalfOnly)
+    result = run("--backend", "oracle", "-k", "adamp/zeros")
+    assert result.exit_code == 0
+    assert "1/4" in result.output
+
+
+def test_only_skips_are_not_conformance():
+    skipped = Result("x", "adamp/views", "adamp", "float32", "step", "skipped", None, False, "", 0.0)
+    assert exit_code([skipped]) == 3
+    assert exit_code([]) == 3
+
+
+def test_a_failure_names_the_case_and_explains(monkeypatch):
+    class Off(OracleAdapter):
+        def step(self, gradients):
+            super().step(gradients)
+            self.state.parameters["zero-row"][1, 2] *= 1.001
+
+    with_adapter(monkeypatch, Off)
+    result = run("--backend", "oracle", "-k", "adamp/zeros", "--dtype", "float32")
+    assert result.exit_code == 1
+    assert "failed adamp/zeros oracle-numpy float32 step: p of 'zero-row'[1, 2]" in result.output
+    explained = CliRunner().invoke(cli.main, ["explain", "adamp/zeros"])
+    assert explained.exit_code == 1
+    for words in ("EDGE-1", "p[1, 2] was", "legal", "got", "margin"):
+        assert words in explained.output
+
+
+def test_list_names_every_case():
+    output = CliRunner().invoke(cli.main, ["list"], env={"COLUMNS": "250"}).output
+    for case in suite.CASES:
+        assert case.id in output
+
+
+def test_explain_refuses_unknown_cases():
+    assert CliRunner().invoke(cli.main, ["explain", "adamp/none"]).exit_code == 2
+    assert CliRunner().invoke(cli.main, ["explain", "adamp/digits", "--dtype", "float16"]).exit_code == 2
