@@ -40,7 +40,7 @@ def run(*arguments):
 @pytest.mark.parametrize("case", DESIGNED, ids=lambda case: case.id)
 def test_designed_cases_are_decisive_and_bounded(case):
     """One legal outcome for every slice, but for the tensor that is meant to straddle the threshold."""
-    for dtype in DTYPES:
+    for dtype in case.dtypes:
         problem = Problem(case, dtype, "torch")
         before = problem.initial()
         for name, gradient in problem.gradients(before).items():

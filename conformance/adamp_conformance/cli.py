@@ -16,12 +16,15 @@ from adamp_conformance import report
 from adamp_conformance.adapter import DTYPES
 from adamp_conformance.implementations import IMPLEMENTATIONS, Implementation, select
 from adamp_conformance.modes import MODES, Problem, create, walk
-from adamp_conformance.results import EXIT_ADAPTER, EXIT_CONFORMS, EXIT_CORPUS, EXIT_FAILED, exit_code, write
-from adamp_conformance.suite import BY_ID, CASES, capabilities_of, select_checks
+from adamp_conformance.results import EXIT_ADAPTER, EXIT_CONFORMS, EXIT_CORPUS, EXIT_FAILED, Result, exit_code, write
+from adamp_conformance.suite import BY_ID, CASES, Check, select_checks
 from adamp_conformance.suite import run as run_checks
 from adamp_spec import SPEC_VERSION
 
 console = Console()
+
+# The tensors are small and the processes many: threads of their own would only compete.
+_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
 
 backend_option = click.option(
     "--backend",
@@ -37,7 +40,8 @@ device_option = click.option("--device", type=click.Choice(["cpu", "cuda"]), def
 def main() -> None:
     """Checks that implementations of AdamP and SGDP take the steps that the specification defines."""
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for variable in _ONE_THREAD:
+        os.environ.setdefault(variable, "1")
 
 
 @main.command()
@@ -74,18 +78,18 @@ def run(
         console.print("adamp-parity list shows the cases")
         sys.exit(EXIT_CORPUS)
 
-    capabilities = capabilities_of(installed, device)
-    found = {}
+    found: dict[Check, Result] = {}
+    versions: dict[str, str] = {}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("checks", total=len(checks))
-        for check, result in run_checks(checks, device, jobs):
-            found[check] = result
-            progress.advance(task)
+        for done in run_checks(checks, device, jobs):
+            found.update(done.results)
+            versions[done.implementation.name] = done.capabilities.version
+            progress.advance(task, len(done.results))
     results = [found[check] for check in checks]
-    report.print_results(console, results, capabilities)
+    report.print_results(console, results, versions)
     if path is not None:
-        versions = {name: capability.version for name, capability in capabilities.items()}
         write(path, results, versions, sorted({x.backend for x in missing}))
     sys.exit(exit_code(results))
 

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from adamp_conformance.adapter import Capabilities
 from adamp_conformance.implementations import Implementation
 from adamp_conformance.judge import expected_outcomes, worst_elements
 from adamp_conformance.modes import Outcome, Problem, Step
@@ -30,7 +29,7 @@ def print_missing(console: Console, missing: Sequence[Implementation]) -> None:
         )
 
 
-def print_results(console: Console, results: Sequence[Result], capabilities: Mapping[str, Capabilities]) -> None:
+def print_results(console: Console, results: Sequence[Result], versions: Mapping[str, str]) -> None:
     """One row per implementation: checks passed, worst margin per dtype; then what failed."""
     by_implementation: dict[str, list[Result]] = defaultdict(list)
     for result in results:
@@ -53,7 +52,7 @@ def print_results(console: Console, results: Sequence[Result], capabilities: Map
     console.print(table)
     console.print("margin: largest |got - expected| / bound of any judged step; at most 1 conforms", style="dim")
     for name in by_implementation:
-        console.print(f"{name}: {capabilities[name].version}", style="dim", highlight=False)
+        console.print(f"{name}: {versions[name]}", style="dim", highlight=False)
 
     bad = [x for x in results if x.status in (FAILED, ERRORED)]
     for x in bad[:SHOWN_FAILURES]:

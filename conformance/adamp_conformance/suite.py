@@ -6,7 +6,6 @@ import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import cache, partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -46,32 +45,36 @@ def select_checks(
     ]
 
 
-def run(checks: Sequence[Check], device: str, jobs: int) -> Iterator[tuple[Check, Result]]:
+class TaskResult(NamedTuple):
+    """What one task found, and what its implementation says of itself."""
+
+    implementation: Implementation
+    capabilities: Capabilities
+    results: list[tuple[Check, Result]]
+
+
+def run(checks: Sequence[Check], device: str, jobs: int) -> Iterator[TaskResult]:
     """Runs the checks in `jobs` processes; results come as they are ready.
 
     One task is all checks of one implementation, algorithm and dtype, so that what a framework
     compiles for one of them serves the others.
     """
+
+    def task_of(check: Check) -> tuple[Implementation, str, str]:
+        return check.implementation, BY_ID[check.case].algorithm, check.dtype
+
+    by_task: dict[tuple[Implementation, str, str], list[Check]] = {}
+    for check in checks:
+        by_task.setdefault(task_of(check), []).append(check)
+    tasks = list(reversed(by_task.values()))  # compiled executions, the slowest, are listed last
     peers = tuple(dict.fromkeys(check.implementation for check in checks))
-    keyed = groupby(checks, key=lambda check: (check.implementation, BY_ID[check.case].algorithm))
-    by_algorithm = [list(group) for _, group in keyed]
-    tasks = [
-        [check for check in group if check.dtype == dtype]
-        for group in by_algorithm
-        for dtype in dict.fromkeys(check.dtype for check in group)
-    ]
-    tasks.sort(key=len, reverse=True)
-    jobs = min(jobs, len(tasks))
     work = partial(_run_task, peers=peers, device=device)
-    with multiprocessing.get_context("spawn").Pool(jobs) if jobs > 1 else nullcontext() as pool:
-        done = pool.imap_unordered(work, tasks) if pool else map(work, tasks)
-        for task_results in done:
-            yield from task_results
-
-
-def capabilities_of(implementations: Sequence[Implementation], device: str) -> dict[str, Capabilities]:
-    """What each implementation says of itself; imports its framework."""
-    return {x.name: _factory(x, device)().capabilities() for x in implementations}
+    jobs = min(jobs, len(tasks))
+    if jobs == 1:
+        yield from map(work, tasks)
+        return
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        yield from pool.imap_unordered(work, tasks)
 
 
 @cache
@@ -79,16 +82,18 @@ def _factory(implementation: Implementation, device: str) -> Make:
     return implementation.factory(device)
 
 
-def _run_task(checks: Sequence[Check], peers: Sequence[Implementation], device: str) -> list[tuple[Check, Result]]:
+def _run_task(checks: Sequence[Check], peers: Sequence[Implementation], device: str) -> TaskResult:
+    implementation = checks[0].implementation
+    first_of: dict[str, Implementation] = {}
+    for peer in peers:
+        if peer.backend != implementation.backend:
+            first_of.setdefault(peer.backend, peer)
+    sources = {peer.name: _factory(peer, device) for peer in first_of.values()}
+    make = _factory(implementation, device)
     results: list[tuple[Check, Result]] = []
-    for (implementation, case, dtype), group in groupby(checks, key=lambda check: check[:3]):
-        first_of: dict[str, Implementation] = {}
-        for peer in peers:
-            if peer.backend != implementation.backend:
-                first_of.setdefault(peer.backend, peer)
-        sources = {peer.name: _factory(peer, device) for peer in first_of.values()}
-        results += _run_problem(list(group), _factory(implementation, device), BY_ID[case], dtype, sources)
-    return results
+    for (case, dtype), group in groupby(checks, key=lambda check: (check.case, check.dtype)):
+        results += _run_problem(list(group), make, BY_ID[case], dtype, sources)
+    return TaskResult(implementation, make().capabilities(), results)
 
 
 def _run_problem(

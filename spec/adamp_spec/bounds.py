@@ -94,9 +94,9 @@ class Bounded(np.lib.mixins.NDArrayOperatorsMixin):
         ]
         with np.errstate(all="ignore"):
             result = _UFUNCS[ufunc](*operands)
-        if isinstance(result, Bounded):  # NaN and infinities propagate exactly (EDGE-2)
-            finite = np.all(np.isfinite(np.broadcast_arrays(*(x.value for x in operands))), axis=0)
-            result.error = np.where(finite, result.error, 0.0)
+            if isinstance(result, Bounded) and not np.all(np.isfinite(result.error)):
+                finite = np.isfinite(sum(x.value for x in operands))  # EDGE-2: NaN and infinities propagate exactly
+                result.error = np.where(finite, result.error, 0.0)
         return result
 
     def __array_function__(self, function: Callable, types: Any, args: Any, kwargs: Any) -> Any:
