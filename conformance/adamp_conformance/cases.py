@@ -460,25 +460,22 @@ def _run(case: Case) -> Case:
 
 _IN_EVERY_DTYPE = (
     _adamp("views", VIEWS, "ADAMP-1", "ADAMP-2", "ADAMP-4", "ADAMP-5", "ADAMP-6", "PREC-6"),
-    _adamp("shapes", SHAPES),
     _adamp("zeros", ZEROS),
     _adamp("non-finite", NON_FINITE),
     _adamp("nesterov", ESSENTIALS, "ADAMP-3", nesterov=True),
     _adamp("first-step", _NEVER, "ADAMP-4", "ADAMP-6", "PREC-2", step=0, lr=0.5, weight_decay=0.0),
     _run(_adamp("run", _trajectory(orthogonal_rows, orthogonal_layer, oblique_rows), *_RUN)),
-    _run(_adamp("nesterov-run", _trajectory(noise, orthogonal_rows, oblique_rows), *_RUN, nesterov=True)),
     _sgdp("views", VIEWS, "SGDP-1", "SGDP-2", "SGDP-3", "SGDP-4", "SGDP-5", "PREC-6"),
-    _sgdp("shapes", SHAPES),
     _sgdp("zeros", ZEROS),
     _sgdp("non-finite", NON_FINITE),
     _sgdp("nesterov", ESSENTIALS, "SGDP-2", nesterov=True, dampening=0.25),
     _sgdp("projected-momentum", ESSENTIALS, "SGDP-3", project_momentum=True),
     _run(_sgdp("run", _trajectory(orthogonal_rows, orthogonal_layer, oblique_rows), *_RUN)),
-    _run(_sgdp("projected-run", _trajectory(noise, orthogonal_rows, oblique_rows), *_RUN, project_momentum=True)),
 )
 
-# Coefficients and decisions, which half-precision tensors have computed in float32 as well.
+# Layouts, coefficients and decisions, which half-precision tensors have computed in float32 as well.
 _IN_WORKING_DTYPES = (
+    _adamp("shapes", SHAPES),
     _adamp("second-step", ESSENTIALS, "ADAMP-4", "PREC-2", step=1, lr=0.5, beta1=0.99, beta2=0.9999),
     _adamp("millionth-step", ESSENTIALS, "ADAMP-3", "PREC-2", step=999_999, lr=0.5, beta2=0.9999, nesterov=True),
     _adamp("no-memory", ESSENTIALS, "ADAMP-1", "ADAMP-2", step=0, beta1=0.0, beta2=0.0),
@@ -486,6 +483,8 @@ _IN_WORKING_DTYPES = (
     _adamp("threshold", THRESHOLD, delta=0.25),
     _adamp("never-project", _NEVER, "PROJ-2", delta=0.0),
     _adamp("always-project", ESSENTIALS, "PROJ-7", delta=1e3, wd_ratio=0.5),
+    _run(_adamp("nesterov-run", _trajectory(noise, orthogonal_rows, oblique_rows), *_RUN, nesterov=True)),
+    _sgdp("shapes", SHAPES),
     _sgdp("first-step", ESSENTIALS, "SGDP-1", step=0, dampening=0.5),
     _sgdp("no-momentum", ESSENTIALS, "SGDP-1", momentum=0.0),
     _sgdp("heavy-momentum", ESSENTIALS, "SGDP-4", "PREC-2", momentum=0.99, weight_decay=0.02),
@@ -494,6 +493,7 @@ _IN_WORKING_DTYPES = (
     _sgdp("threshold", THRESHOLD, delta=0.25),
     _sgdp("never-project", _NEVER, "PROJ-2", delta=0.0),
     _sgdp("always-project", ESSENTIALS, "PROJ-7", delta=1e3, wd_ratio=0.5),
+    _run(_sgdp("projected-run", _trajectory(noise, orthogonal_rows, oblique_rows), *_RUN, project_momentum=True)),
 )
 
 DESIGNED = (*_IN_EVERY_DTYPE, *(replace(case, dtypes=("float64", "float32")) for case in _IN_WORKING_DTYPES))

@@ -40,6 +40,7 @@ device_option = click.option("--device", type=click.Choice(["cpu", "cuda"]), def
 def main() -> None:
     """Checks that implementations of AdamP and SGDP take the steps that the specification defines."""
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     for variable in _ONE_THREAD:
         os.environ.setdefault(variable, "1")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ class Limits(NamedTuple):
     largest: float
 
 
+@cache
 def limits(dtype: np.dtype) -> Limits:
     """`Limits` of any NumPy float type, bfloat16 from ml_dtypes included."""
     if dtype.name == "bfloat16":  # NumPy's finfo does not know it
