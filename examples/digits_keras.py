@@ -2,8 +2,10 @@
 
 import keras
 
-from adamp_conformance.digits import BATCH, EPOCHS, LEARNING_RATE, initial_weights, split
+from adamp_conformance.digits import initial_weights, split
 from adamp_tf import AdamP
+
+BATCH, EPOCHS, LEARNING_RATE = 64, 15, 1e-2
 
 
 def make_model() -> keras.Model:

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from adamp_conformance.digits import BATCH, EPOCHS, LEARNING_RATE, initial_weights, split
+from adamp_conformance.digits import initial_weights, split
 from adamp_jax import adamp
+
+BATCH, EPOCHS, LEARNING_RATE = 64, 15, 1e-2
 
 
 class Network(nn.Module):

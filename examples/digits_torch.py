@@ -4,8 +4,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from adamp_conformance.digits import BATCH, EPOCHS, LEARNING_RATE, initial_weights, split
+from adamp_conformance.digits import initial_weights, split
 from adamp_torch import AdamP
+
+BATCH, EPOCHS, LEARNING_RATE = 64, 15, 1e-2
 
 
 class Network(nn.Module):

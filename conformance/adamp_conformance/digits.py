@@ -22,8 +22,6 @@ from adamp_conformance.cases import Random
 from adamp_spec import Layout
 
 BATCH = 32
-EPOCHS = 15
-LEARNING_RATE = 1e-2
 
 # name in a torch model, name in a Keras or Flax model, shape (out, in, ...) in torch
 PARAMETERS = (
