@@ -1,6 +1,7 @@
 """The harness: its verdicts on implementations that are wrong in each way it claims to notice; command and files."""
 
 import json
+import os
 import re
 from dataclasses import replace
 
@@ -337,6 +338,31 @@ def test_an_adapter_that_raises_exits_2_and_is_never_a_pass(monkeypatch):
         result.output.split()
     )
     assert "0/4" in result.output
+
+
+def test_a_backend_that_cannot_be_loaded_exits_2(monkeypatch):
+    def broken(self, device):
+        raise ImportError("libcudart.so: no such file")
+
+    monkeypatch.setattr(Implementation, "factory", broken)
+    result = run("--backend", "oracle", "-k", "adamp/zeros")
+    assert result.exit_code == 2
+    assert "0/4" in result.output
+    assert "ImportError: libcudart.so: no such file" in result.output
+
+
+class Deadly:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_process_that_dies_exits_2():
+    checks = suite.select_checks(implementations.select(["oracle"]), text="adamp/zeros")
+    results = [result for done in suite.run(checks, Deadly(), jobs=2) for _, result in done.results]
+    assert len(results) == len(checks)
+    assert exit_code(results) == 2
 
 
 class HalfOnly(OracleAdapter):

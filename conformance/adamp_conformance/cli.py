@@ -86,7 +86,7 @@ def run(
         task = progress.add_task("checks", total=len(checks))
         for done in run_checks(checks, device, jobs):
             found.update(done.results)
-            versions[done.implementation.name] = done.capabilities.version
+            versions[done.implementation.name] = done.version
             progress.advance(task, len(done.results))
     results = [found[check] for check in checks]
     report.print_results(console, results, versions)

@@ -6,11 +6,13 @@ import multiprocessing
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache, partial
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from adamp_conformance.adapter import Capabilities
+from adamp_conformance.adapter import Adapter, Capabilities
 from adamp_conformance.cases import DESIGNED
 from adamp_conformance.digits import DIGITS
 from adamp_conformance.implementations import Implementation
@@ -46,10 +48,10 @@ def select_checks(
 
 
 class TaskResult(NamedTuple):
-    """What one task found, and what its implementation says of itself."""
+    """What one task found, and the version of its implementation (empty if it could not be loaded)."""
 
     implementation: Implementation
-    capabilities: Capabilities
+    version: str
     results: list[tuple[Check, Result]]
 
 
@@ -57,24 +59,25 @@ def run(checks: Sequence[Check], device: str, jobs: int) -> Iterator[TaskResult]
     """Runs the checks in `jobs` processes; results come as they are ready.
 
     One task is all checks of one implementation, algorithm and dtype, so that what a framework
-    compiles for one of them serves the others.
+    compiles for one of them serves the others. The checks of a process that dies are errors.
     """
-
-    def task_of(check: Check) -> tuple[Implementation, str, str]:
-        return check.implementation, BY_ID[check.case].algorithm, check.dtype
-
     by_task: dict[tuple[Implementation, str, str], list[Check]] = {}
     for check in checks:
-        by_task.setdefault(task_of(check), []).append(check)
+        key = check.implementation, BY_ID[check.case].algorithm, check.dtype
+        by_task.setdefault(key, []).append(check)
     tasks = list(reversed(by_task.values()))  # compiled executions, the slowest, are listed last
     peers = tuple(dict.fromkeys(check.implementation for check in checks))
     work = partial(_run_task, peers=peers, device=device)
-    jobs = min(jobs, len(tasks))
     if jobs == 1:
         yield from map(work, tasks)
         return
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap_unordered(work, tasks)
+    with ProcessPoolExecutor(min(jobs, len(tasks)), multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(work, task): task for task in tasks}
+        for future in as_completed(futures):
+            try:
+                yield future.result()
+            except BrokenProcessPool as error:
+                yield _all_errored(futures[future], error)
 
 
 @cache
@@ -82,34 +85,47 @@ def _factory(implementation: Implementation, device: str) -> Make:
     return implementation.factory(device)
 
 
+def _make(implementation: Implementation, device: str) -> Adapter:
+    return _factory(implementation, device)()
+
+
 def _run_task(checks: Sequence[Check], peers: Sequence[Implementation], device: str) -> TaskResult:
     implementation = checks[0].implementation
+    make = partial(_make, implementation, device)
+    try:
+        capabilities = make().capabilities()
+    except Exception as error:
+        return _all_errored(checks, error)
     first_of: dict[str, Implementation] = {}
     for peer in peers:
         if peer.backend != implementation.backend:
             first_of.setdefault(peer.backend, peer)
-    sources = {peer.name: _factory(peer, device) for peer in first_of.values()}
-    make = _factory(implementation, device)
+    sources: dict[str, Make] = {peer.name: partial(_make, peer, device) for peer in first_of.values()}
     results: list[tuple[Check, Result]] = []
     for (case, dtype), group in groupby(checks, key=lambda check: (check.case, check.dtype)):
-        results += _run_problem(list(group), make, BY_ID[case], dtype, sources)
-    return TaskResult(implementation, make().capabilities(), results)
+        results += _run_problem(
+            list(group), make, capabilities, Problem(BY_ID[case], dtype, capabilities.weights), sources
+        )
+    return TaskResult(implementation, capabilities.version, results)
+
+
+def _all_errored(checks: Sequence[Check], error: Exception) -> TaskResult:
+    results = [(check, _result(check, ERRORED, message=f"{type(error).__name__}: {error}")) for check in checks]
+    return TaskResult(checks[0].implementation, "", results)
 
 
 def _run_problem(
-    checks: Sequence[Check], make: Make, case: Any, dtype: str, sources: dict[str, Make]
+    checks: Sequence[Check], make: Make, capabilities: Capabilities, problem: Problem, sources: dict[str, Make]
 ) -> Iterator[tuple[Check, Result]]:
     """Runs all modes of one problem on one bench. What an adapter raises becomes a result, never a pass."""
-    capabilities = make().capabilities()
-    problem = Problem(case, dtype, capabilities.weights)
 
     @cache
     def bench() -> Bench:
         return Bench(create(make, problem), problem, make, sources)
 
     for check in checks:
-        if dtype not in capabilities.dtypes or case.algorithm not in capabilities.algorithms:
-            skipped = f"{capabilities.name} does not support {case.algorithm} in {dtype}"
+        if problem.dtype not in capabilities.dtypes or problem.case.algorithm not in capabilities.algorithms:
+            skipped = f"{capabilities.name} does not support {problem.case.algorithm} in {problem.dtype}"
             yield check, _result(check, SKIPPED, message=skipped)
         elif check.mode == "transplant" and not sources:
             yield check, _result(check, SKIPPED, message="no other implementation is selected to take a state from")
