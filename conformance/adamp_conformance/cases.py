@@ -1,7 +1,7 @@
 """The designed cases: each tensor is built for a purpose, and the purpose names the mistakes that it catches.
 
 A case is one set of hyperparameters and a handful of tensors, so that a compiled implementation compiles
-once for all of them. Data come from raw bits of a counter-based generator, the same on every platform.
+once for all of them. Data come from the raw bits of a generator, the same on every platform.
 """
 
 from __future__ import annotations
