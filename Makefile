@@ -9,7 +9,7 @@ conformance: .venv/installed  ## run the suite on every backend
 	$(BIN)/adamp-parity run --json $(RESULTS)
 
 test: .venv/installed lint  ## all checks of this repository
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental.sparse import JAXSparse
 
 from adamp_jax._layouts import Layouts, assign, path_name
 from adamp_spec import Rows, check_hyperparameter
@@ -75,7 +76,9 @@ def map_leaves(
     """
     assigned = assign(params, layouts)
     structure: Any
-    gradients, structure = jax.tree_util.tree_flatten_with_path(updates, is_leaf=lambda x: x is None)
+    gradients, structure = jax.tree_util.tree_flatten_with_path(
+        updates, is_leaf=lambda x: x is None or isinstance(x, JAXSparse)
+    )
     columns = [structure.flatten_up_to(tree) for tree in (params, decays, *moments)]
     results = []
     for (path, g), p, decay, *old in zip(gradients, *columns, strict=True):
@@ -83,6 +86,8 @@ def map_leaves(
             results.append((None, *old))
             continue
         name = path_name(path)
+        if isinstance(g, JAXSparse):
+            raise TypeError(f"the gradient of {name!r} is sparse ({type(g).__name__}); make it dense with todense()")
         if name not in assigned:
             raise ValueError(f"updates hold a gradient at {name!r}, where params hold no parameter")
         p, g = jnp.asarray(p), jnp.asarray(g)

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.experimental.sparse import BCOO
 
 import adamp_jax
 from adamp_spec import Layout
@@ -415,6 +416,14 @@ def test_only_real_floats(make, bad, error, message):
     params = {"a": jnp.ones(3), "z": jnp.ones(3)}
     with pytest.raises(error, match=f"gradient of {message}"):
         jax.jit(tx.update)({"a": jnp.ones(3), "z": bad}, tx.init(params), params)
+
+
+@both
+def test_sparse_gradients_are_refused(make):
+    tx = make()
+    params = {"a": jnp.ones(3), "z": jnp.ones((2, 3))}
+    with pytest.raises(TypeError, match=r"gradient of 'z' is sparse \(BCOO\); make it dense"):
+        tx.update({**params, "z": BCOO.fromdense(params["z"])}, tx.init(params), params)
 
 
 @both

@@ -98,7 +98,10 @@ def run(
 @main.command("list")
 def list_cases() -> None:
     """List the cases, what each is for, and the implementations."""
-    table = Table("case", "modes", "dtypes", "tensors", "clauses")
+    table = Table()
+    table.add_column("case", no_wrap=True)
+    for title in ("modes", "dtypes", "tensors", "clauses"):
+        table.add_column(title)
     for case in CASES:
         tensors = ", ".join(case.tensors) or case.purpose
         table.add_row(case.id, ", ".join(case.modes), ", ".join(case.dtypes), tensors, ", ".join(case.clauses))
