@@ -15,6 +15,7 @@ from torch.nn import functional
 from adamp_conformance import cli, implementations, suite
 from adamp_conformance.adapter import DTYPES, State
 from adamp_conformance.adapters.oracle import OracleAdapter
+from adamp_conformance.adapters.torch import TorchAdapter
 from adamp_conformance.cases import DESIGNED
 from adamp_conformance.digits import BATCH, DIGITS, data, initial_weights, loss, to_keras, to_torch
 from adamp_conformance.implementations import Implementation
@@ -45,11 +46,10 @@ def test_designed_cases_are_decisive_and_bounded(case):
         problem = Problem(case, dtype, "torch")
         before = problem.initial()
         for name, gradient in problem.gradients(before).items():
-            if name == "straddling":
-                continue
             arguments = case.hyper, case.layouts("torch")[name], before.tensors(name), before.step, gradient
             outcomes = expected_outcomes(case.algorithm, *arguments, name in case.exact)
-            assert np.all(np.sum([outcome.legal for outcome in outcomes], axis=0) == 1), (name, dtype)
+            legal = np.sum([outcome.legal for outcome in outcomes], axis=0)
+            assert np.all(legal == (2 if name == "straddling" else 1)), (name, dtype)
 
 
 def test_the_tensors_take_the_branches_that_they_are_named_for():
@@ -168,6 +168,16 @@ class RoundsOnLoading(OracleAdapter):
         super().load(replace(state, parameters=halved))
 
 
+class ClipsStep(OracleAdapter):
+    def load(self, state):
+        super().load(replace(state, step=min(state.step, 24)))
+
+
+class ExitsQuietly(OracleAdapter):
+    def step(self, gradients):
+        raise SystemExit(0)
+
+
 class Nan(OracleAdapter):
     def step(self, gradients):
         super().step(gradients)
@@ -193,6 +203,23 @@ def test_a_wrong_implementation_fails(make, mode, words):
     outcome = MODES[mode](bench(make, sources={"oracle": OracleAdapter}))
     assert outcome.problem is not None
     assert re.search(words, outcome.problem), outcome.problem
+
+
+def test_a_state_that_was_not_taken_fails():
+    outcome = MODES["step"](bench(ClipsStep, "adamp/millionth-step"))
+    assert outcome.problem == "step 999999 injected, 24 held after loading"
+
+
+def test_a_torch_step_that_writes_to_its_gradient_is_seen():
+    class Writes(TorchAdapter):
+        def step(self, gradients):
+            super().step(gradients)
+            for parameter in self.parameters.values():
+                parameter.grad.mul_(2)
+
+    for dtype in DTYPES:
+        assert "wrote to the gradient" in MODES["purity"](bench(Writes, dtype=dtype)).problem
+        assert MODES["purity"](bench(TorchAdapter, dtype=dtype)).problem is None
 
 
 def test_a_mix_of_two_legal_outcomes_is_not_legal():
@@ -284,10 +311,10 @@ def test_conforming_exits_0_and_writes_what_the_schema_says(tmp_path):
 
 def test_the_schema_refuses_what_is_not_a_result(tmp_path):
     good = Result("oracle-numpy", "adamp/views", "adamp", "float32", "step", "passed", 0.5, False, "", 0.1)
-    write(tmp_path / "good", [good], {}, [])
+    write(tmp_path / "good", [good], "cpu", {}, [])
     for bad in ({"status": "fine"}, {"margin": -1.0}, {"dtype": "int8"}, {"case": "views"}):
         with pytest.raises(jsonschema.ValidationError):
-            write(tmp_path / "bad", [replace(good, **bad)], {}, [])
+            write(tmp_path / "bad", [replace(good, **bad)], "cpu", {}, [])
     assert not (tmp_path / "bad").exists()
 
 
@@ -323,6 +350,20 @@ def with_adapter(monkeypatch, make):
 def fresh_factories():
     yield
     suite._factory.cache_clear()
+
+
+def test_an_adapter_that_exits_is_an_error(monkeypatch):
+    with_adapter(monkeypatch, ExitsQuietly)
+    result = run("--backend", "oracle", "-k", "adamp/zeros")
+    assert result.exit_code == 2
+    assert "0/4" in result.output
+
+
+def test_explain_reports_an_adapter_that_raises(monkeypatch):
+    with_adapter(monkeypatch, Crashes)
+    result = CliRunner().invoke(cli.main, ["explain", "adamp/zeros"])
+    assert result.exit_code == 2
+    assert "out of memory" in result.output
 
 
 class Crashes(OracleAdapter):

@@ -58,6 +58,14 @@ FAULTS = {
             ),
         },
     ),
+    "undivided decay": (
+        "sgdp/views",
+        {
+            "torch": ("_sgdp.py", "(weight_decay / (1 - momentum))", "weight_decay"),
+            "keras": ("_sgdp.py", "(self.weight_decay / (1 - mu))", "self.weight_decay"),
+            "optax": ("_sgdp.py", "c(decay / (1 - momentum))", "c(decay)"),
+        },
+    ),
     "eps moved": (
         "adamp/eps",
         {

@@ -212,6 +212,13 @@ def orthogonal_layer(random: Random, p: np.ndarray) -> np.ndarray:
     return g
 
 
+def nearly_orthogonal_layer(random: Random, p: np.ndarray) -> np.ndarray:
+    """0.7 times the layer's threshold for delta = 0.1, no row below the channel's."""
+    g = orthogonal_layer(random, p)
+    sizes = [np.sqrt(np.sum(x * x, axis=(1, 2), keepdims=True)) for x in (g, p)]
+    return g + 0.7 * 0.1 / np.sqrt(p[0].size) * sizes[0] / sizes[1] * p
+
+
 def per_slice(*makes: Gradient) -> Gradient:
     """Another gradient for each slice, in turn."""
 
@@ -270,6 +277,7 @@ VIEWS = {
     "channel": Tensor("every row is orthogonal: the channel view projects", CHANNEL, (8, 16), orthogonal_rows),
     "layer": Tensor("only the whole is orthogonal: the layer view projects", LAYER, (8, 16), orthogonal_layer),
     "none": Tensor("nothing is orthogonal: no projection, full decay", NONE, (8, 16), oblique_rows),
+    "antiparallel": Tensor("a cosine has no sign: no projection", ("PROJ-1",), (8, 16), cosines(-0.5)),
     "maximum": Tensor(
         "one row in eight is above the threshold, the mean is below: catches a mean for the maximum",
         ("PROJ-2",),
@@ -311,6 +319,13 @@ SHAPES = {
         ("LAYOUT-2",),
         (3, 8, 16),
         per_slice(orthogonal_rows, oblique_rows, orthogonal_layer),
+        Layout(1, batch=0),
+    ),
+    "batch-threshold": Tensor(
+        "between the layer thresholds of a slice and of the whole tensor",
+        ("PROJ-3", "LAYOUT-2"),
+        (4, 8, 16),
+        nearly_orthogonal_layer,
         Layout(1, batch=0),
     ),
     "batch-last": Tensor(
@@ -476,21 +491,21 @@ _IN_EVERY_DTYPE = (
 # Layouts, coefficients and decisions, which half-precision tensors have computed in float32 as well.
 _IN_WORKING_DTYPES = (
     _adamp("shapes", SHAPES),
-    _adamp("second-step", ESSENTIALS, "ADAMP-4", "PREC-2", step=1, lr=0.5, beta1=0.99, beta2=0.9999),
+    _adamp("second-step", ESSENTIALS, "ADAMP-4", "PREC-2", step=1, lr=0.5, beta1=0.999, beta2=0.9999),
     _adamp("millionth-step", ESSENTIALS, "ADAMP-3", "PREC-2", step=999_999, lr=0.5, beta2=0.9999, nesterov=True),
     _adamp("no-memory", ESSENTIALS, "ADAMP-1", "ADAMP-2", step=0, beta1=0.0, beta2=0.0),
     _adamp("eps", COSINE_EPS | SMALL_GRADIENTS, "ADAMP-4", step=0, lr=0.5, eps=1e-4, weight_decay=0.2),
-    _adamp("threshold", THRESHOLD, delta=0.25),
+    replace(_adamp("threshold", THRESHOLD, "STATE-2", delta=0.25), modes=("step", "purity")),
     _adamp("never-project", _NEVER, "PROJ-2", delta=0.0),
     _adamp("always-project", ESSENTIALS, "PROJ-7", delta=1e3, wd_ratio=0.5),
     _run(_adamp("nesterov-run", _trajectory(noise, orthogonal_rows, oblique_rows), *_RUN, nesterov=True)),
     _sgdp("shapes", SHAPES),
-    _sgdp("first-step", ESSENTIALS, "SGDP-1", step=0, dampening=0.5),
+    _sgdp("first-step", ESSENTIALS, "SGDP-1", "PREC-2", step=0, dampening=0.99),
     _sgdp("no-momentum", ESSENTIALS, "SGDP-1", momentum=0.0),
-    _sgdp("heavy-momentum", ESSENTIALS, "SGDP-4", "PREC-2", momentum=0.99, weight_decay=0.02),
+    _sgdp("heavy-momentum", ESSENTIALS, "SGDP-4", "PREC-2", momentum=0.999, weight_decay=0.01),
     _sgdp("projected-momentum-nesterov", ESSENTIALS, "SGDP-3", project_momentum=True, nesterov=True),
     _sgdp("eps", COSINE_EPS, lr=0.5, eps=1e-4),
-    _sgdp("threshold", THRESHOLD, delta=0.25),
+    replace(_sgdp("threshold", THRESHOLD, "STATE-2", delta=0.25), modes=("step", "purity")),
     _sgdp("never-project", _NEVER, "PROJ-2", delta=0.0),
     _sgdp("always-project", ESSENTIALS, "PROJ-7", delta=1e3, wd_ratio=0.5),
     _run(_sgdp("projected-run", _trajectory(noise, orthogonal_rows, oblique_rows), *_RUN, project_momentum=True)),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -67,6 +68,8 @@ def run(
     Exit codes: 0 everything selected conforms; 1 something does not; 2 an adapter failed or a backend that was
     asked for is not installed; 3 nothing was selected.
     """
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
     chosen = _chosen(backends)
     missing = [x for x in chosen if x.missing]
     report.print_missing(console, missing)
@@ -86,12 +89,13 @@ def run(
         task = progress.add_task("checks", total=len(checks))
         for done in run_checks(checks, device, jobs):
             found.update(done.results)
-            versions[done.implementation.name] = done.version
+            name = done.implementation.name
+            versions[name] = done.version or versions.get(name, "could not be loaded")
             progress.advance(task, len(done.results))
     results = [found[check] for check in checks]
     report.print_results(console, results, versions)
     if path is not None:
-        write(path, results, versions, sorted({x.backend for x in missing}))
+        write(path, results, device, versions, sorted({x.backend for x in missing}))
     sys.exit(exit_code(results))
 
 
@@ -134,11 +138,15 @@ def explain(case_id: str, backends: Sequence[str], dtype: str, device: str) -> N
         sys.exit(EXIT_ADAPTER)
     conforms = True
     for implementation in chosen:
-        make = implementation.factory(device)
-        problem = Problem(case, dtype, make().capabilities().weights)
-        adapter = create(make, problem)
-        adapter.load(problem.initial())
-        outcome = walk(adapter, problem, case.steps)
+        try:
+            make = implementation.factory(device)
+            problem = Problem(case, dtype, make().capabilities().weights)
+            adapter = create(make, problem)
+            adapter.load(problem.initial())
+            outcome = walk(adapter, problem, case.steps)
+        except Exception as error:
+            console.print(f"[red]errored[/] {implementation.name}: {type(error).__name__}: {escape(str(error))}")
+            sys.exit(EXIT_ADAPTER)
         report.print_explanation(console, problem, implementation.name, outcome)
         conforms &= outcome.problem is None
     sys.exit(EXIT_CONFORMS if conforms else EXIT_FAILED)

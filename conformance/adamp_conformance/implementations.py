@@ -44,8 +44,9 @@ class Implementation:
         return lambda: make(self.execution, device)
 
 
+ORACLE = Implementation("oracle", "numpy", "oracle:OracleAdapter")
 IMPLEMENTATIONS = (
-    Implementation("oracle", "numpy", "oracle:OracleAdapter"),
+    ORACLE,
     Implementation("torch", "eager", "torch:TorchAdapter", ("torch",), "torch"),
     *(
         Implementation("keras", execution, "keras:KerasAdapter", ("keras", "tensorflow"), "tf")

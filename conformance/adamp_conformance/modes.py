@@ -112,14 +112,12 @@ def walk(adapter: Adapter, problem: Problem, steps: int) -> Outcome:
 
 def step(bench: Bench) -> Outcome:
     """One step from an injected state."""
-    bench.adapter.load(bench.problem.initial())
-    return walk(bench.adapter, bench.problem, 1)
+    return _walk_from_start(bench, 1)
 
 
 def shadow(bench: Bench) -> Outcome:
     """Many steps; the oracle starts each from the implementation's own state."""
-    bench.adapter.load(bench.problem.initial())
-    return walk(bench.adapter, bench.problem, bench.problem.case.steps)
+    return _walk_from_start(bench, bench.problem.case.steps)
 
 
 def resume(bench: Bench) -> Outcome:
@@ -186,6 +184,14 @@ MODES: dict[str, Callable[[Bench], Outcome]] = {
     "purity": purity,
     "transplant": transplant,
 }
+
+
+def _walk_from_start(bench: Bench, steps: int) -> Outcome:
+    initial = bench.problem.initial()
+    bench.adapter.load(initial)
+    if found := _difference("injected", initial, "held after loading", bench.adapter.dump()):
+        return Outcome(None, found)
+    return walk(bench.adapter, bench.problem, steps)
 
 
 def _describe(step: Step, problem: Problem) -> str | None:

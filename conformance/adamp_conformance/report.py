@@ -60,8 +60,9 @@ def print_results(console: Console, results: Sequence[Result], versions: Mapping
         console.print(f"[red]{x.status}[/] {where}: {escape(x.message)}", soft_wrap=True, highlight=False)
     if len(bad) > SHOWN_FAILURES:
         console.print(f"... and {len(bad) - SHOWN_FAILURES} more; --json FILE keeps them all")
-    if bad:
-        x = bad[0]
+    judged = [x for x in bad if x.mode in ("step", "shadow")]  # what explain replays
+    if judged:
+        x = judged[0]
         command = f"adamp-parity explain {x.case} --backend {x.implementation} --dtype {x.dtype}"
         console.print(f"look closer: {command}", soft_wrap=True, highlight=False)
 

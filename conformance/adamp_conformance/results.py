@@ -56,7 +56,7 @@ def exit_code(results: Iterable[Result]) -> int:
     return EXIT_CONFORMS if counts[PASSED] else EXIT_CORPUS
 
 
-def write(path: Path, results: list[Result], versions: dict[str, str], missing: list[str]) -> None:
+def write(path: Path, results: list[Result], device: str, versions: dict[str, str], missing: list[str]) -> None:
     """Writes header, results and footer; every line is checked against `result.schema.json` first.
 
     Raises:
@@ -68,6 +68,7 @@ def write(path: Path, results: list[Result], versions: dict[str, str], missing: 
         "python": platform.python_version(),
         "platform": platform.platform(terse=True),
         "numpy": np.__version__,
+        "device": device,
         "implementations": versions,
         "missing": missing,
     }

@@ -7,7 +7,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from functools import cache, partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 from adamp_conformance.adapter import Adapter, Capabilities
 from adamp_conformance.cases import DESIGNED
 from adamp_conformance.digits import DIGITS
-from adamp_conformance.implementations import Implementation
+from adamp_conformance.implementations import ORACLE, Implementation
 from adamp_conformance.modes import MODES, Bench, Make, Outcome, Problem, create
 from adamp_conformance.results import ERRORED, FAILED, PASSED, SKIPPED, Result
 
@@ -66,7 +65,7 @@ def run(checks: Sequence[Check], device: str, jobs: int) -> Iterator[TaskResult]
         key = check.implementation, BY_ID[check.case].algorithm, check.dtype
         by_task.setdefault(key, []).append(check)
     tasks = list(reversed(by_task.values()))  # compiled executions, the slowest, are listed last
-    peers = tuple(dict.fromkeys(check.implementation for check in checks))
+    peers = tuple(dict.fromkeys([*(check.implementation for check in checks), ORACLE]))
     work = partial(_run_task, peers=peers, device=device)
     if jobs == 1:
         yield from map(work, tasks)
@@ -76,7 +75,7 @@ def run(checks: Sequence[Check], device: str, jobs: int) -> Iterator[TaskResult]
         for future in as_completed(futures):
             try:
                 yield future.result()
-            except BrokenProcessPool as error:
+            except (Exception, SystemExit) as error:  # BrokenProcessPool, or what could not be sent back
                 yield _all_errored(futures[future], error)
 
 
@@ -94,7 +93,7 @@ def _run_task(checks: Sequence[Check], peers: Sequence[Implementation], device: 
     make = partial(_make, implementation, device)
     try:
         capabilities = make().capabilities()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return _all_errored(checks, error)
     first_of: dict[str, Implementation] = {}
     for peer in peers:
@@ -109,7 +108,7 @@ def _run_task(checks: Sequence[Check], peers: Sequence[Implementation], device: 
     return TaskResult(implementation, capabilities.version, results)
 
 
-def _all_errored(checks: Sequence[Check], error: Exception) -> TaskResult:
+def _all_errored(checks: Sequence[Check], error: BaseException) -> TaskResult:
     results = [(check, _result(check, ERRORED, message=f"{type(error).__name__}: {error}")) for check in checks]
     return TaskResult(checks[0].implementation, "", results)
 
@@ -128,7 +127,7 @@ def _run_problem(
             skipped = f"{capabilities.name} does not support {problem.case.algorithm} in {problem.dtype}"
             yield check, _result(check, SKIPPED, message=skipped)
         elif check.mode == "transplant" and not sources:
-            yield check, _result(check, SKIPPED, message="no other implementation is selected to take a state from")
+            yield check, _result(check, SKIPPED, message="there is no other implementation to take a state from")
         else:
             yield check, _run_check(check, bench)
 
@@ -137,7 +136,7 @@ def _run_check(check: Check, bench: Callable[[], Bench]) -> Result:
     started = time.perf_counter()
     try:
         outcome = MODES[check.mode](bench())
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         message = f"{type(error).__name__}: {error} (in {place.name}, line {place.lineno})"
         return _result(check, ERRORED, started, message=message)

@@ -105,7 +105,7 @@ class Layout:
         channel = self._axes("channel", self.channel or (), seen) if seen else ()
         rank = len(seen) - len(batch)
         projects = self.channel is not None and rank > 1 and math.prod(seen) > 0
-        if projects and set(channel) & set(batch):
+        if rank > 0 and set(channel) & set(batch):
             raise ValueError(f"{self} names an axis of shape {seen} as channel and as batch")
         row = tuple(axis for axis in range(len(seen)) if axis not in channel and axis not in batch)
         return Rows(seen, batch, channel, row, projects)

@@ -180,4 +180,4 @@ def _check_arrays(param: Array, *others: Array) -> None:
 
 
 def _is_real_float(dtype: np.dtype) -> bool:
-    return dtype.kind == "f" or dtype.name == "bfloat16"
+    return (dtype.kind == "f" and dtype.itemsize >= 2) or dtype.name == "bfloat16"

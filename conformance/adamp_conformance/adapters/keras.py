@@ -29,6 +29,8 @@ class KerasAdapter:
 
     def __init__(self, execution: str = "eager", device: str = "cpu") -> None:
         self.execution = execution
+        if device == "cuda" and not tf.config.list_physical_devices("GPU"):
+            raise RuntimeError("TensorFlow sees no GPU; it would run on the CPU in silence")
         self.device = "GPU:0" if device == "cuda" else device
 
     def capabilities(self) -> Capabilities:

@@ -55,7 +55,7 @@ class TorchAdapter:
 
     def step(self, gradients: Arrays) -> None:
         for name, parameter in self.parameters.items():
-            parameter.grad = self._tensor(gradients[name])
+            parameter.grad = self._tensor(gradients[name], copy=False)
         self.optimizer.step()
 
     def dump(self) -> State:
@@ -67,10 +67,12 @@ class TorchAdapter:
         }
         return State(step, {name: _array(parameter) for name, parameter in self.parameters.items()}, moments)
 
-    def _tensor(self, x: np.ndarray) -> torch.Tensor:
+    def _tensor(self, x: np.ndarray, copy: bool = True) -> torch.Tensor:
+        """Gradients are not copied on the CPU, so that a step that writes to them is seen."""
+        x = x.copy() if copy else x
         if x.dtype == ml_dtypes.bfloat16:
-            return torch.from_numpy(x.copy().view(np.int16)).view(torch.bfloat16).to(self.device)
-        return torch.from_numpy(x.copy()).to(self.device)
+            return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(self.device)
+        return torch.from_numpy(x).to(self.device)
 
 
 def _array(x: torch.Tensor) -> np.ndarray:
