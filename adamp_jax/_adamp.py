@@ -12,7 +12,7 @@ import optax
 from adamp_jax._base import Hyperparameter, decayed, hyperparameter, map_leaves, scheduled, zeros_like
 from adamp_jax._layouts import Layouts, assign
 from adamp_jax._projection import project
-from adamp_spec import Rows
+from adamp_spec import Rows, check_flag
 
 
 class ScaleByAdamPState(NamedTuple):
@@ -54,6 +54,7 @@ def scale_by_adamp(
     b1 = hyperparameter("beta1", b1, "b1")
     b2 = hyperparameter("beta2", b2, "b2")
     eps = hyperparameter("eps", eps, "eps")
+    check_flag("nesterov", nesterov)
     delta = hyperparameter("delta", delta, "delta")
     wd_ratio = hyperparameter("wd_ratio", wd_ratio, "wd_ratio")
     weight_decay = scheduled("weight_decay", weight_decay, "weight_decay")
@@ -241,7 +242,8 @@ def one_minus_power(base: Hyperparameter, exponent: jax.Array) -> jax.Array:
         x = exponent * (math.log(base) if base > 0 else -math.inf)
     else:
         x = exponent * jnp.log(base).astype(exponent.dtype)
+    near = jnp.maximum(x, -1)
     series = jnp.ones_like(x)  # expm1(x) / x for -1 < x <= 0, by Horner's rule; 20 terms do for float64
     for k in range(20, 1, -1):
-        series = 1 + x / k * series
-    return jnp.where(x > -1, -x * series, 1 - jnp.exp(x))
+        series = 1 + near / k * series
+    return jnp.where(x > -1, -near * series, 1 - jnp.exp(x))

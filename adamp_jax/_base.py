@@ -18,9 +18,13 @@ Hyperparameter = float | jax.Array
 def hyperparameter(name: str, value: jax.typing.ArrayLike, spelling: str) -> Hyperparameter:
     """A concrete number is checked and becomes a Python float, so that coefficients are exact (SPEC: PREC-2).
 
-    A JAX array, possibly traced, is what `optax.inject_hyperparams` passes; its value cannot be checked.
+    A JAX array is what `optax.inject_hyperparams` passes; it stays an array, and is checked unless traced.
     """
     if isinstance(value, jax.Array):
+        if value.shape != () or value.dtype.kind in "bc":
+            raise TypeError(f"{spelling} must be one real number, got shape {value.shape} and dtype {value.dtype}")
+        if not isinstance(value, jax.core.Tracer):
+            check_hyperparameter(name, float(value), spelling)
         return value.astype(jnp.promote_types(value.dtype, jnp.float32))
     return check_hyperparameter(name, value[()] if isinstance(value, np.ndarray) else value, spelling)
 
@@ -38,6 +42,9 @@ def decayed(weight_decay: Hyperparameter, mask: Any, params: optax.Params) -> An
         mask = True
     elif (flags := jax.tree.leaves(mask)) and all(map(callable, flags)):  # an Equinox module of bools is callable, too
         mask = mask(params)
+    for flag in jax.tree.leaves(mask):
+        if not isinstance(flag, bool | np.bool_):
+            raise TypeError(f"weight_decay_mask must hold True and False, got {flag!r}")
     return jax.tree.map(lambda flag, subtree: jax.tree.map(lambda _: bool(flag), subtree), mask, params)
 
 
@@ -118,5 +125,5 @@ def _check_real(what: str, name: str, dtype: np.dtype) -> None:
         raise TypeError(
             f"{what} {name!r} is complex ({dtype}); wrap the optimizer in optax.contrib.split_real_and_imaginary"
         )
-    if not jnp.issubdtype(dtype, jnp.floating):
+    if dtype not in (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16):
         raise TypeError(f"{what} {name!r} is {dtype}, not a real floating-point type; hide it with optax.masked")

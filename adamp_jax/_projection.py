@@ -1,4 +1,4 @@
-"""The projection, free of branches: row sums, a decision, one coefficient per row (SPEC: PROJ)."""
+"""The projection, free of branches: row sums, a decision, the radial part of each row (SPEC: PROJ)."""
 
 import math
 
@@ -56,6 +56,6 @@ def project(
 
     projected = channel | layer
     norm = jnp.sqrt(jnp.where(channel, pp, layer_pp)) + eps  # PROJ-4, PROJ-5
-    dot = jnp.where(channel, pq, layer_pq)
-    q = jnp.where(projected, q - dot / norm / norm * p, q)  # PROJ-6
+    radial = jnp.where(channel, pq, layer_pq) / norm  # dot / norm**2 can overflow
+    q = jnp.where(projected, q - radial * (p / norm), q)  # PROJ-6
     return q, jnp.where(projected, wd_ratio, jnp.ones((), p.dtype))  # PROJ-7

@@ -11,7 +11,7 @@ import optax
 from adamp_jax._base import decayed, hyperparameter, map_leaves, scheduled, zeros_like
 from adamp_jax._layouts import Layouts, assign
 from adamp_jax._projection import project
-from adamp_spec import Rows, check_nesterov
+from adamp_spec import Rows, check_flag, check_nesterov
 
 
 class ScaleBySGDPState(NamedTuple):
@@ -54,8 +54,10 @@ def scale_by_sgdp(
     delta = hyperparameter("delta", delta, "delta")
     wd_ratio = hyperparameter("wd_ratio", wd_ratio, "wd_ratio")
     weight_decay = scheduled("weight_decay", weight_decay, "weight_decay")
-    if isinstance(momentum, float):
-        check_nesterov(nesterov, momentum)
+    check_flag("nesterov", nesterov)
+    check_flag("project_momentum", project_momentum)
+    if not isinstance(momentum, jax.core.Tracer):
+        check_nesterov(nesterov, float(momentum))
 
     def init_fn(params: optax.Params) -> ScaleBySGDPState:
         assign(params, layouts)

@@ -109,7 +109,8 @@ def one_minus_powers(bases: tuple[float, ...], exponent: Any) -> Any:
     logs = [math.log(base) if base > 0 else -math.inf for base in bases]
     x = exponent * ops.convert_to_tensor(logs, exponent.dtype)
     terms = 20 if standardize_dtype(exponent.dtype) == "float64" else 12
+    near = ops.where(x > -1, x, -ops.ones_like(x))
     series = ops.zeros_like(x)
     for k in range(terms, 0, -1):
-        series = series * x + 1 / math.factorial(k)
-    return ops.where(x > -1, -x * series, 1 - ops.exp(x))
+        series = series * near + 1 / math.factorial(k)
+    return ops.where(x > -1, -near * series, 1 - ops.exp(x))

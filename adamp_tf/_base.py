@@ -11,7 +11,7 @@ import keras
 from keras import ops
 from keras.backend import is_float_dtype, standardize_dtype
 
-from adamp_spec import Rows, check_hyperparameter
+from adamp_spec import Rows, check_flag, check_hyperparameter
 from adamp_tf._layouts import LayoutTable, named_shapes, path_of, read_table, resolve
 from adamp_tf._projection import project
 
@@ -33,6 +33,7 @@ class ProjectedOptimizer(keras.optimizers.Optimizer):
         if isinstance(learning_rate, Real):
             check_hyperparameter("lr", learning_rate, "learning_rate")
         weight_decay = check_hyperparameter("weight_decay", weight_decay)
+        check_flag("nesterov", nesterov)
         super().__init__(learning_rate=learning_rate, weight_decay=weight_decay, **kwargs)
         self.nesterov = nesterov
         self.epsilon = check_hyperparameter("eps", epsilon, "epsilon")
@@ -57,7 +58,7 @@ class ProjectedOptimizer(keras.optimizers.Optimizer):
         for variable in variables:
             _check_dtype(variable, path_of(variable))
         named = named_shapes(variables)
-        if [shape for _, shape in named] == [shape for _, shape in self._named]:
+        if _renamed(self._named) == _renamed(named):
             named = self._named  # from a file: loading renames variables (a Sequential loses its prefix)
         resolved = resolve(named, self._layouts).values()
         super().build(variables)
@@ -98,10 +99,18 @@ class ProjectedOptimizer(keras.optimizers.Optimizer):
           var_names: regular expressions, looked for in each variable's `path` and `name`.
 
         Raises:
-          ValueError: the optimizer is already built.
+          ValueError: the optimizer is already built, or a name is not a regular expression.
+          TypeError: `var_names` is one string.
         """
         if self.built:
             raise ValueError("exclude_from_weight_decay must be called before the optimizer is built")
+        if isinstance(var_names, str):
+            raise TypeError(f"var_names must be a list of regular expressions, got the string {var_names!r}")
+        for name in var_names or ():
+            try:
+                re.compile(name)
+            except re.error as error:
+                raise ValueError(f"var_names entry {name!r} is not a regular expression: {error}") from error
         exact = [(f"^{re.escape(path_of(variable))}$", self._var_key(variable)) for variable in var_list or ()]
         self._undecayed = (*exact, *((name, None) for name in var_names or ()))
 
@@ -142,10 +151,12 @@ class ProjectedOptimizer(keras.optimizers.Optimizer):
 
         Raises:
           ValueError: the saved state is of another model or optimizer. Nothing has changed then.
-            (An optimizer that is not built yet warns and skips the state, as Keras does.)
+            (Where Keras itself skips a state with a warning, so does this: an optimizer that is not built
+            yet, and the state of a `LossScaleOptimizer` read without one, as from a mixed_float16 model.)
         """
-        if self.built:
-            self._check_state([tuple(store[str(i)].shape) for i in range(len(store.keys()))])
+        shapes = [tuple(store[str(i)].shape) for i in range(len(store.keys()))]
+        if self.built and len(shapes) != len(self.variables) + _OF_LOSS_SCALING:
+            self._check_state(shapes)
         super().load_own_variables(store)
 
     def _check_state(self, shapes: list[tuple[int, ...]]) -> None:
@@ -197,9 +208,17 @@ class ProjectedOptimizer(keras.optimizers.Optimizer):
         return optimizer
 
 
+_OF_LOSS_SCALING = 4  # variables that a LossScaleOptimizer adds to those of the optimizer it wraps
+
+
+def _renamed(named: list[tuple[str, tuple[int, ...]]]) -> list[tuple[str, tuple[int, ...]]]:
+    """What stays of paths when a file is loaded: each variable's own name and shape."""
+    return [(path.rpartition("/")[2], shape) for path, shape in named]
+
+
 def _check_dtype(tensor: Any, what: str) -> None:
     dtype = standardize_dtype(tensor.dtype)
-    if not is_float_dtype(dtype):
+    if not is_float_dtype(dtype) or "float8" in dtype:
         raise TypeError(f"{what} has dtype {dtype}; AdamP and SGDP optimize real floating-point variables")
 
 

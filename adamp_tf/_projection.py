@@ -1,4 +1,4 @@
-"""The projection without a branch: four row sums, both decisions as values, one coefficient per row."""
+"""The projection without a branch: four row sums, both decisions as values, the radial part of each row."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def project(q: Any, p: Any, g: Any, rows: Rows, *, epsilon: float, delta: float,
     projected = ops.logical_or(channel, layer)  # PROJ-4
 
     length = ops.sqrt(ops.where(channel, row_pp, all_pp)) + eps  # PROJ-5
-    coefficient = ops.where(channel, row_pq, all_pq) / length / length
-    q = ops.where(projected, q - coefficient * p, q)  # PROJ-6
+    radial = ops.where(channel, row_pq, all_pq) / length  # dot / length**2 can overflow
+    q = ops.where(projected, q - radial * (p / length), q)  # PROJ-6
     one = ops.ones_like(all_pp)
     return q, ops.where(projected, wd_ratio * one, one)  # PROJ-7

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from adamp_spec import check_hyperparameter, check_nesterov
+from adamp_spec import check_flag, check_hyperparameter, check_nesterov
 from adamp_tf._base import ProjectedOptimizer
 from adamp_tf._layouts import LayoutTable
 
@@ -61,6 +61,7 @@ class SGDP(ProjectedOptimizer):
         self.momentum = check_hyperparameter("momentum", momentum)
         self.dampening = check_hyperparameter("dampening", dampening)
         check_nesterov(self.nesterov, self.momentum)
+        check_flag("project_momentum", project_momentum)
         self.project_momentum = project_momentum
 
     def build(self, variables: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT, _get_scalar_dtype, _use_grad_for_differentiable
 
-from adamp_spec import Rows, check_hyperparameter, one_minus_power
+from adamp_spec import Rows, check_flag, check_hyperparameter, one_minus_power
 from adamp_torch._layouts import Group, Table, assign_to_groups, check_layouts, group_rows, parameter_paths
 
 _capture_health_check = (
@@ -104,6 +104,8 @@ class ProjectedOptimizer(Optimizer):
     def _check_gradients(self, i: int) -> list[Rows]:
         """The rows of the parameters of group `i` that have a gradient, all of them fit to be stepped."""
         group = self.param_groups[i]
+        if not torch.compiler.is_compiling():
+            self._check_hyperparameters(group)  # a scheduler, or the user, may have changed them
         for j, param in enumerate(group["params"]):
             grad = param.grad
             if grad is None:
@@ -174,6 +176,9 @@ class ProjectedOptimizer(Optimizer):
         for group, own in zip(groups, self.__dict__.get("param_groups", groups), strict=True):
             for name, value in own.items():
                 group.setdefault(name, value)
+            group["foreach"], group["fused"] = own["foreach"], own["fused"]  # they choose a path, not a result
+            if group["layouts"] is None:
+                group["layouts"] = own["layouts"]
         for group, paths in zip(groups, parameter_paths(groups), strict=True):
             self._check_group(group, paths)
             for path, param in zip(paths, group["params"], strict=True):
@@ -188,7 +193,13 @@ class ProjectedOptimizer(Optimizer):
                 f"the state of parameter {path!r} holds {sorted(entry)}, but {type(self).__name__} keeps "
                 f"{['step', *self.MOMENTS]}: load a checkpoint of {type(self).__name__}"
             )
+        step = entry["step"]
+        if not isinstance(step, Tensor | int | float) or torch.as_tensor(step).numel() != 1 or not float(step) >= 0:
+            raise ValueError(f"the state of parameter {path!r} has step {step!r}, which is no count of steps")
         for name in self.MOMENTS:
+            moment = entry[name]
+            if not isinstance(moment, Tensor) or moment.dtype not in DTYPES or moment.layout is not torch.strided:
+                raise ValueError(f"state {name!r} of parameter {path!r} is no dense floating-point tensor: {moment!r}")
             if entry[name].shape != param.shape:
                 raise ValueError(
                     f"state {name!r} of parameter {path!r} has shape {tuple(entry[name].shape)}, the parameter "
@@ -206,12 +217,6 @@ def require_single_tensor(foreach: bool | None, fused: bool | None) -> None:
     for name, flag in (("foreach", foreach), ("fused", fused)):
         if flag:
             raise RuntimeError(f"{name}=True is not available yet; pass {name}=None or {name}=False")
-
-
-def check_flag(name: str, value: object) -> None:
-    """Raises TypeError unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,7 +1,7 @@
-"""The projection without a branch: row sums -> decision -> one coefficient per row (SPEC: PROJ).
+"""The projection without a branch: row sums -> decision -> radial part of each row (SPEC: PROJ).
 
 Four row sums carry everything. The layer's sums are sums of the row sums, and both views' projections
-are `q - c * p` with a coefficient `c` that the decision selects.
+subtract a multiple of `p`, with a norm and a product that the decision selects.
 """
 
 from __future__ import annotations
@@ -46,8 +46,9 @@ def project(
     layer = orthogonal(layer_pp, layer_gg, layer_gp)  # PROJ-3
     projected = channel | layer
     norm = torch.where(channel, pp, layer_pp).sqrt() + eps  # PROJ-4
-    coefficient = torch.where(channel, pq, layer_pq) / norm / norm  # PROJ-5
-    q = torch.where(projected, q - coefficient * p, q)  # PROJ-6; adding 0 * p would let NaN and inf through
+    radial = torch.where(channel, pq, layer_pq) / norm
+    # PROJ-5, PROJ-6: divided apart, as dot / norm**2 can overflow; selected, as 0 * p would let NaN and inf through
+    q = torch.where(projected, q - radial * (p / norm), q)
     ratio = torch.ones_like(layer_pp).masked_fill(projected, wd_ratio)  # PROJ-7
     return q, ratio
 

@@ -474,3 +474,46 @@ def test_weights_load_into_a_model_whose_optimizer_is_not_built(make, tmp_path):
     with pytest.warns(UserWarning, match="Skipping variable loading"):
         fresh.load_weights(tmp_path / "a.weights.h5")
     assert_same(values(trained.trainable_variables), values(fresh.trainable_variables))
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "words"),
+    [
+        (lambda: adamp_tf.AdamP(nesterov="no"), TypeError, "nesterov must be True or False"),
+        (lambda: adamp_tf.SGDP(0.1, 0.9, project_momentum=1), TypeError, "project_momentum must be True or False"),
+        (
+            lambda: adamp_tf.AdamP().exclude_from_weight_decay(var_names="bias"),
+            TypeError,
+            "list of regular expressions",
+        ),
+        (lambda: adamp_tf.AdamP().exclude_from_weight_decay(var_names=["("]), ValueError, "not a regular expression"),
+    ],
+)
+def test_flags_and_exclusions_are_checked(attempt, error, words):
+    with pytest.raises(error, match=words):
+        attempt()
+
+
+def test_a_model_trained_in_mixed_float16_loads_without_the_policy(tmp_path):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4)])
+        model.compile(adamp_tf.AdamP(0.1), loss="mse")
+        model.fit(np.ones((8, 3)), np.ones((8, 4)), verbose=0)
+        model.save(tmp_path / "model.keras")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for ours, theirs in zip(model.weights, loaded.weights, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_the_config_of_one_model_does_not_lay_out_another():
+    dense, embedding = keras.layers.Dense(4), keras.layers.Embedding(8, 4)
+    dense.build((None, 8))
+    embedding.build()
+    first = adamp_tf.AdamP()
+    first.build([dense.kernel])
+    second = adamp_tf.AdamP.from_config(first.get_config())
+    second.build([embedding.embeddings])
+    assert second._rows[0].channel == (0,)

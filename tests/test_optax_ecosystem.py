@@ -274,7 +274,11 @@ def test_masked_hides_parameters_from_a_full_decay_mask(make):
     mask = {"turn": False, "grow": True, "bias": False}
     for hidden in ("turn", "grow"):
         tx = optax.masked(make(weight_decay_mask=mask), {name: name != hidden for name in mask})
-        tx.update(tree(), tx.init(tree()), tree())
+        updates, _ = tx.update(tree(), tx.init(tree()), tree())
+        whole = make(weight_decay_mask=mask)
+        expected, _ = whole.update(tree(), whole.init(tree()), tree())
+        for name in mask:
+            np.testing.assert_array_equal(updates[name], tree()[name] if name == hidden else expected[name])
 
 
 def test_mu_dtype_is_for_the_first_moment():
@@ -467,3 +471,28 @@ def test_complex_parameters_through_the_wrapper(make):
 def test_hyperparameters_outside_their_domain(maker, arguments, error, message):
     with pytest.raises(error, match=message):
         maker(**{"learning_rate": 0.1} | arguments)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "error", "words"),
+    [
+        (lambda: adamp_jax.adamp(jnp.float32(-1)), ValueError, "learning_rate must be in"),
+        (lambda: adamp_jax.adamp(0.1, b1=jnp.float32(1.5)), ValueError, "b1 must be in"),
+        (lambda: adamp_jax.adamp(0.1, b2=jnp.array([0.9, 0.99])), TypeError, "b2 must be one real number"),
+        (lambda: adamp_jax.adamp(jnp.complex64(0.1)), TypeError, "learning_rate must be one real number"),
+        (lambda: adamp_jax.sgdp(0.1, jnp.float32(0), nesterov=True), ValueError, "momentum above 0"),
+        (lambda: optax.inject_hyperparams(adamp_jax.adamp)(0.1, b1=1.5).init(tree()), ValueError, "b1 must be in"),
+        (lambda: adamp_jax.adamp(0.1, nesterov="no"), TypeError, "nesterov must be True or False"),
+        (lambda: adamp_jax.sgdp(0.1, 0.9, project_momentum=1), TypeError, "project_momentum must be True or False"),
+    ],
+)
+def test_arrays_and_flags_are_checked_too(attempt, error, words):
+    with pytest.raises(error, match=words):
+        attempt()
+
+
+def test_a_decay_mask_holds_bools():
+    params = tree()
+    tx = adamp_jax.adamp(0.1, weight_decay=0.1, weight_decay_mask=dict.fromkeys(params, "no"))
+    with pytest.raises(TypeError, match="weight_decay_mask must hold True and False"):
+        tx.update(params, tx.init(params), params)

@@ -34,8 +34,8 @@ FAULTS = {
                 "float(one_minus_power(beta, int(step.item())))",
                 "float(1 - torch.tensor(beta, dtype=torch.float32) ** step)",
             ),
-            "keras": ("_adamp.py", "ops.where(x > -1, -x * series, 1 - ops.exp(x))", "1 - ops.exp(x)"),
-            "optax": ("_adamp.py", "jnp.where(x > -1, -x * series, 1 - jnp.exp(x))", "1 - base**exponent"),
+            "keras": ("_adamp.py", "ops.where(x > -1, -near * series, 1 - ops.exp(x))", "1 - ops.exp(x)"),
+            "optax": ("_adamp.py", "jnp.where(x > -1, -near * series, 1 - jnp.exp(x))", "1 - base**exponent"),
         },
     ),
     "mean for maximum": (

@@ -259,9 +259,20 @@ def test_learning_rate_schedules(algorithm, shape_of_lr):
 def test_momentum_schedules(algorithm):
     optimizer = make(algorithm, [parameter(4, 6)])
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+    p = optimizer.param_groups[0]["params"][0]
+    q = copy.deepcopy(p)
+    by_hand = make(algorithm, [q])
+    seen = set()
     for t in range(5):
+        for name in ("lr", "betas", "momentum"):
+            if name in by_hand.param_groups[0]:
+                by_hand.param_groups[0][name] = optimizer.param_groups[0][name]
+        seen.add(by_hand.param_groups[0].get("betas") or by_hand.param_groups[0]["momentum"])
         step(optimizer, seed=t)
+        step(by_hand, seed=t)
         scheduler.step()
+    assert len(seen) == 5
+    torch.testing.assert_close(p, q, rtol=0, atol=0)
 
 
 @both
@@ -396,6 +407,9 @@ def test_a_hook_may_repair_a_checkpoint(algorithm):
 
     optimizer.register_load_state_dict_pre_hook(transpose)
     optimizer.load_state_dict(other.state_dict())
+    (loaded,), (saved,) = optimizer.state.values(), other.state.values()
+    for name in optimizer.MOMENTS:
+        torch.testing.assert_close(loaded[name], saved[name].T, rtol=0, atol=0)
     step(optimizer)
 
 
@@ -598,6 +612,8 @@ def test_bad_options(algorithm, options, error, message):
     with pytest.raises(error, match=message):
         optimizer.add_param_group({"params": [parameter(3, 2)], **options})
     assert_same(snapshot(optimizer), before)
+    if {"foreach", "fused"} & set(options):
+        return  # a checkpoint's choice of path is not taken over, see below
     saved = copy.deepcopy(before[1])
     saved["param_groups"][0].update(options)
     with pytest.raises(error, match=message):
@@ -761,4 +777,49 @@ def test_checkpoints_of_other_models_change_nothing(algorithm):
     fitted["param_groups"][0]["layouts"][1] = Layout(3).to_dict()
     with pytest.raises(ValueError, match=r"parameter '0\.1'.*channel axis 3"):
         optimizer.load_state_dict(fitted)
+    assert_same(snapshot(optimizer), before)
+
+
+def test_a_checkpoint_brings_no_path_and_takes_no_layout():
+    p = parameter(4, 6)
+    saved = torch.optim.AdamW([p], fused=True)
+    step(saved)
+    optimizer = make("adamp", [p], layouts={p: Layout(1)})
+    optimizer.load_state_dict(saved.state_dict())
+    assert optimizer.param_groups[0]["fused"] is None
+    assert "Layout(channel=1)" in describe(optimizer)
+    assert int(optimizer.state[p]["step"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"step": float("nan")}, "no count of steps"),
+        ({"step": -3}, "no count of steps"),
+        ({"step": torch.zeros(3)}, "no count of steps"),
+        ({"exp_avg": None}, "no dense floating-point tensor"),
+        ({"exp_avg": torch.zeros(4, 6).to_sparse()}, "no dense floating-point tensor"),
+    ],
+)
+def test_a_state_that_is_none_is_refused(change, words):
+    optimizer = make("adamp", [parameter(4, 6)])
+    step(optimizer)
+    before = snapshot(optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0].update(change)
+    with pytest.raises(ValueError, match=words):
+        optimizer.load_state_dict(saved)
+    assert_same(snapshot(optimizer), before)
+
+
+@both
+def test_hyperparameters_set_by_hand_are_checked_before_the_step(algorithm):
+    first, second = parameter(4, 6), parameter(3, 2)
+    optimizer = make(algorithm, [{"params": [first]}, {"params": [second]}])
+    step(optimizer)
+    before = snapshot(optimizer)
+    optimizer.param_groups[1]["delta"] = float("nan")
+    with pytest.raises(ValueError, match="delta must be in"):
+        step(optimizer)
+    optimizer.param_groups[1]["delta"] = 0.1
     assert_same(snapshot(optimizer), before)

@@ -4,7 +4,15 @@ Imports NumPy and the standard library only. The normative text is SPEC.md.
 """
 
 from adamp_spec.bounds import Bounded, Possible
-from adamp_spec.hyperparameters import DOMAINS, AdamPHyper, Domain, SGDPHyper, check_hyperparameter, check_nesterov
+from adamp_spec.hyperparameters import (
+    DOMAINS,
+    AdamPHyper,
+    Domain,
+    SGDPHyper,
+    check_flag,
+    check_hyperparameter,
+    check_nesterov,
+)
 from adamp_spec.layout import Assignment, Layout, Rows, Rule, assign_layouts, format_layouts
 from adamp_spec.oracle import (
     AdamPState,
@@ -36,6 +44,7 @@ __all__ = [
     "SGDPState",
     "adamp_step",
     "assign_layouts",
+    "check_flag",
     "check_hyperparameter",
     "check_nesterov",
     "decide",

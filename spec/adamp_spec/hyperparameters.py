@@ -61,6 +61,12 @@ def check_hyperparameter(name: str, value: object, spelling: str | None = None) 
     return float(value)
 
 
+def check_flag(name: str, value: object) -> None:
+    """Raises TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 class _Checked:
     algorithm: ClassVar[str]
 
@@ -69,8 +75,8 @@ class _Checked:
             value = getattr(self, field.name)
             if field.name in DOMAINS:
                 object.__setattr__(self, field.name, check_hyperparameter(field.name, value))
-            elif not isinstance(value, bool):
-                raise TypeError(f"{field.name} must be True or False, got {value!r}")
+            else:
+                check_flag(field.name, value)
 
 
 @dataclass(frozen=True)
