@@ -12,7 +12,6 @@ from adamp_torch._base import (
     bias_correction,
     coefficient,
     load,
-    require_single_tensor,
     store,
     working_dtype,
 )
@@ -115,7 +114,7 @@ class AdamP(ProjectedOptimizer):
         exp_avg_sqs: list[Tensor] = []
         self._init_group(group, params, grads, state_steps, exp_avgs, exp_avg_sqs)
         beta1, beta2 = group["betas"]
-        adamp(
+        _single_tensor_adamp(
             params,
             grads,
             exp_avgs,
@@ -131,56 +130,9 @@ class AdamP(ProjectedOptimizer):
             wd_ratio=group["wd_ratio"],
             nesterov=group["nesterov"],
             maximize=group["maximize"],
-            foreach=group["foreach"],
-            fused=group["fused"],
             capturable=group["capturable"],
             differentiable=group["differentiable"],
         )
-
-
-def adamp(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    state_steps: list[Tensor],
-    rows: list[Rows],
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    delta: float,
-    wd_ratio: float,
-    nesterov: bool,
-    maximize: bool = False,
-    foreach: bool | None = None,
-    fused: bool | None = None,
-    capturable: bool = False,
-    differentiable: bool = False,
-) -> None:
-    """Functional form: steps `params`, `exp_avgs`, `exp_avg_sqs` and `state_steps` in place. See `AdamP`."""
-    require_single_tensor(foreach, fused)
-    _single_tensor_adamp(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        state_steps,
-        rows,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        delta=delta,
-        wd_ratio=wd_ratio,
-        nesterov=nesterov,
-        maximize=maximize,
-        capturable=capturable,
-        differentiable=differentiable,
-    )
 
 
 def _single_tensor_adamp(
@@ -203,6 +155,7 @@ def _single_tensor_adamp(
     capturable: bool,
     differentiable: bool,
 ) -> None:
+    """Steps `params`, `exp_avgs`, `exp_avg_sqs` and `state_steps` in place."""
     for param, grad, exp_avg, exp_avg_sq, t, r in zip(
         params, grads, exp_avgs, exp_avg_sqs, state_steps, rows, strict=True
     ):

@@ -194,15 +194,16 @@ class ProjectedOptimizer(Optimizer):
                 f"{['step', *self.MOMENTS]}: load a checkpoint of {type(self).__name__}"
             )
         step = entry["step"]
-        if not isinstance(step, Tensor | int | float) or torch.as_tensor(step).numel() != 1 or not float(step) >= 0:
+        is_one = isinstance(step, Tensor | int | float) and torch.as_tensor(step).numel() == 1
+        if not is_one or not float(step).is_integer() or float(step) < 0:  # NaN and inf are no integers
             raise ValueError(f"the state of parameter {path!r} has step {step!r}, which is no count of steps")
         for name in self.MOMENTS:
             moment = entry[name]
             if not isinstance(moment, Tensor) or moment.dtype not in DTYPES or moment.layout is not torch.strided:
                 raise ValueError(f"state {name!r} of parameter {path!r} is no dense floating-point tensor: {moment!r}")
-            if entry[name].shape != param.shape:
+            if moment.shape != param.shape:
                 raise ValueError(
-                    f"state {name!r} of parameter {path!r} has shape {tuple(entry[name].shape)}, the parameter "
+                    f"state {name!r} of parameter {path!r} has shape {tuple(moment.shape)}, the parameter "
                     f"{tuple(param.shape)}: load a checkpoint of this model, with its parameters in the same order"
                 )
 

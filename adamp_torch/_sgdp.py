@@ -14,7 +14,6 @@ from adamp_torch._base import (
     check_flag,
     coefficient,
     load,
-    require_single_tensor,
     store,
     working_dtype,
 )
@@ -118,7 +117,7 @@ class SGDP(ProjectedOptimizer):
         state_steps: list[Tensor] = []
         momenta: list[Tensor] = []
         self._init_group(group, params, grads, state_steps, momenta)
-        sgdp(
+        _single_tensor_sgdp(
             params,
             grads,
             momenta,
@@ -134,53 +133,8 @@ class SGDP(ProjectedOptimizer):
             wd_ratio=group["wd_ratio"],
             project_momentum=group["project_momentum"],
             maximize=group["maximize"],
-            foreach=group["foreach"],
-            fused=group["fused"],
             differentiable=group["differentiable"],
         )
-
-
-def sgdp(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momenta: list[Tensor],
-    state_steps: list[Tensor],
-    rows: list[Rows],
-    *,
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    eps: float,
-    delta: float,
-    wd_ratio: float,
-    project_momentum: bool,
-    maximize: bool = False,
-    foreach: bool | None = None,
-    fused: bool | None = None,
-    differentiable: bool = False,
-) -> None:
-    """Functional form: steps `params`, `momenta` and `state_steps` in place. See `SGDP`."""
-    require_single_tensor(foreach, fused)
-    _single_tensor_sgdp(
-        params,
-        grads,
-        momenta,
-        state_steps,
-        rows,
-        lr=lr,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        eps=eps,
-        delta=delta,
-        wd_ratio=wd_ratio,
-        project_momentum=project_momentum,
-        maximize=maximize,
-        differentiable=differentiable,
-    )
 
 
 def _single_tensor_sgdp(
@@ -202,6 +156,7 @@ def _single_tensor_sgdp(
     maximize: bool,
     differentiable: bool,
 ) -> None:
+    """Steps `params`, `momenta` and `state_steps` in place."""
     for param, grad, buffer, t, r in zip(params, grads, momenta, state_steps, rows, strict=True):
         dtype = working_dtype(param.dtype)
         p, m = (load(x, r, dtype, differentiable) for x in (param, buffer))

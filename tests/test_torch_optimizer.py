@@ -795,6 +795,7 @@ def test_a_checkpoint_brings_no_path_and_takes_no_layout():
     ("change", "words"),
     [
         ({"step": float("nan")}, "no count of steps"),
+        ({"step": float("inf")}, "no count of steps"),
         ({"step": -3}, "no count of steps"),
         ({"step": torch.zeros(3)}, "no count of steps"),
         ({"exp_avg": None}, "no dense floating-point tensor"),
