@@ -6,7 +6,7 @@ RESULTS := conformance-results/results.jsonl
 
 conformance: .venv/installed  ## run the suite on every backend
 	@mkdir -p $(dir $(RESULTS))
-	$(BIN)/adamp-parity run --json $(RESULTS)
+	$(BIN)/adamp-parity run --json $(RESULTS) --html $(dir $(RESULTS))report.html
 
 test: .venv/installed lint  ## all checks of this repository
 	$(BIN)/pytest --numprocesses auto --dist loadfile
@@ -19,6 +19,7 @@ lint: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/pip install --quiet --no-deps --constraint constraints.txt timm  # its torchvision has no CPU build
 	@touch $@
 
 clean:

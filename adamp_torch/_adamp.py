@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
@@ -13,7 +15,20 @@ from adamp_torch._base import (
     coefficient,
     load,
     store,
+    use_foreach,
     working_dtype,
+)
+from adamp_torch._foreach import (
+    load_all,
+    parts,
+    per_tensor,
+    pick,
+    stack,
+    stack_rows,
+    step_keys,
+    step_of,
+    store_all,
+    unstack,
 )
 from adamp_torch._layouts import Group, Table
 from adamp_torch._projection import project
@@ -51,7 +66,10 @@ class AdamP(ProjectedOptimizer):
       layouts: mapping from parameters, or from names or regular expressions on names (with named
         parameters), to `adamp_spec.Layout`. The default is `Layout(0)`: dim 0 indexes the rows, as PyTorch's
         own layers have it. A group may bring its own mapping, which then replaces this one.
-      foreach, fused: only `None` and `False`, the loop over single tensors, are available yet.
+      foreach: step many tensors at once. Results differ from those of the loop by rounding. The default is True
+        for plain tensors on CUDA and the like, False elsewhere, as in torch.optim. Intermediate tensors hold
+        up to 8 numbers of the working dtype for each of 2**25 elements, or of the largest parameter.
+      fused: only `None` and `False` are available yet.
       capturable: keep `step` on the parameter's device and never read it on the host.
       differentiable: let autograd run through the step.
       maximize: ascend instead of descend.
@@ -59,7 +77,7 @@ class AdamP(ProjectedOptimizer):
     Raises:
       ValueError: a hyperparameter outside its domain; a layout that fits no parameter, or not its own.
       TypeError: a hyperparameter of another type; a parameter of another dtype.
-      RuntimeError: `foreach` or `fused` is True.
+      RuntimeError: `fused` is True, or `foreach` and `differentiable` are.
     """
 
     MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -114,13 +132,15 @@ class AdamP(ProjectedOptimizer):
         exp_avg_sqs: list[Tensor] = []
         self._init_group(group, params, grads, state_steps, exp_avgs, exp_avg_sqs)
         beta1, beta2 = group["betas"]
-        _single_tensor_adamp(
+        adamp(
             params,
             grads,
             exp_avgs,
             exp_avg_sqs,
             state_steps,
             rows,
+            foreach=group["foreach"],
+            fused=group["fused"],
             lr=group["lr"],
             beta1=beta1,
             beta2=beta2,
@@ -133,6 +153,51 @@ class AdamP(ProjectedOptimizer):
             capturable=group["capturable"],
             differentiable=group["differentiable"],
         )
+
+
+def adamp(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    state_steps: list[Tensor],
+    rows: list[Rows],
+    *,
+    foreach: bool | None,
+    fused: bool | None,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    delta: float,
+    wd_ratio: float,
+    nesterov: bool,
+    maximize: bool,
+    capturable: bool,
+    differentiable: bool,
+) -> None:
+    """Steps `params`, `exp_avgs`, `exp_avg_sqs` and `state_steps` in place; see `AdamP`."""
+    many = use_foreach(params, foreach, fused, differentiable)
+    (_multi_tensor_adamp if many else _single_tensor_adamp)(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        state_steps,
+        rows,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        delta=delta,
+        wd_ratio=wd_ratio,
+        nesterov=nesterov,
+        maximize=maximize,
+        capturable=capturable,
+        differentiable=differentiable,
+    )
 
 
 def _single_tensor_adamp(
@@ -155,7 +220,6 @@ def _single_tensor_adamp(
     capturable: bool,
     differentiable: bool,
 ) -> None:
-    """Steps `params`, `exp_avgs`, `exp_avg_sqs` and `state_steps` in place."""
     for param, grad, exp_avg, exp_avg_sq, t, r in zip(
         params, grads, exp_avgs, exp_avg_sqs, state_steps, rows, strict=True
     ):
@@ -172,10 +236,87 @@ def _single_tensor_adamp(
         n = torch.add(beta1 * m, g, alpha=1 - beta1) if nesterov else m  # ADAMP-3
         q = n / (v.sqrt() / sqrt_bc2 + eps)  # ADAMP-4
         q, ratio = project(q, p, g, r, delta=delta, wd_ratio=wd_ratio, eps=eps)
-        if weight_decay > 0:
-            p = p * (1 - eta * weight_decay * ratio)  # ADAMP-5
-        p = p - step_size * q  # ADAMP-6
+        p = _descend(p, q, ratio, eta, step_size, weight_decay)
 
         store(p, param)
         store(m, exp_avg)
         store(v, exp_avg_sq)
+
+
+def _multi_tensor_adamp(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    state_steps: list[Tensor],
+    rows: list[Rows],
+    *,
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    delta: float,
+    wd_ratio: float,
+    nesterov: bool,
+    maximize: bool,
+    capturable: bool,
+    differentiable: bool,
+) -> None:
+    assert not differentiable, "refused by `use_foreach`"
+    if not params:
+        return
+    torch._foreach_add_(state_steps, 1)
+    for part in parts(params, rows, step_keys(state_steps, capturable)):
+        dtype = part.dtype
+        g = load_all(pick(grads, part.indices), dtype)
+        if maximize:
+            g = list(torch._foreach_neg(g))
+        eta = coefficient(lr, dtype)
+        stored_m, stored_v = pick(exp_avgs, part.indices), pick(exp_avg_sqs, part.indices)
+        m, v = load_all(stored_m, dtype), load_all(stored_v, dtype)
+
+        torch._foreach_mul_(m, beta1)
+        torch._foreach_add_(m, g, alpha=1 - beta1)  # ADAMP-1
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, g, g, 1 - beta2)  # ADAMP-2
+        store_all(m, stored_m)
+        store_all(v, stored_v)
+        n = m
+        if nesterov:
+            n = list(torch._foreach_mul(m, beta1))
+            torch._foreach_add_(n, g, alpha=1 - beta1)  # ADAMP-3
+        denominators = torch._foreach_sqrt(v)
+        counts = [step_of(pick(state_steps, x.indices), rows[x.indices[0]], capturable) for x in part.stacks]
+        sqrt_bc2: list[Any] = []
+        for t, x in zip(counts, part.stacks, strict=True):
+            sqrt_bc2 += per_tensor(bias_correction(beta2, t, dtype, capturable) ** 0.5, len(x.indices))
+        torch._foreach_div_(denominators, sqrt_bc2)
+        torch._foreach_add_(denominators, eps)
+        directions = list(torch._foreach_div(n, denominators))  # ADAMP-4
+        del m, v, n, denominators
+
+        for t, (indices, place) in zip(counts, part.stacks, strict=True):
+            like, r = params[indices[0]], rows[indices[0]]
+            p = stack(pick(params, indices), like, r, dtype)
+            q = stack(directions[place], like, r, dtype)
+            several = stack_rows(r, len(indices))
+            step_size = eta / bias_correction(beta1, t, dtype, capturable)
+            q, ratio = project(q, p, stack(g[place], like, r, dtype), several, delta=delta, wd_ratio=wd_ratio, eps=eps)
+            p = _descend(p, q, ratio, eta, step_size, weight_decay)
+            store_all(unstack(p, like), pick(params, indices))
+        del g, directions, p, q  # before the next part has its own
+
+
+def _descend(
+    p: Tensor,
+    q: Tensor,
+    ratio: Tensor | float,
+    eta: float | Tensor,
+    step_size: float | Tensor,
+    weight_decay: float,
+) -> Tensor:
+    """The parameter after its decay and the step along `q`, of one tensor or of a stack."""
+    if weight_decay > 0:
+        p = p * (1 - eta * weight_decay * ratio)  # ADAMP-5
+    return p - step_size * q  # ADAMP-6

@@ -8,7 +8,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, _get_scalar_dtype, _use_grad_for_differentiable
+from torch.optim.optimizer import (
+    Optimizer,
+    ParamsT,
+    _default_to_fused_or_foreach,
+    _get_scalar_dtype,
+    _use_grad_for_differentiable,
+)
 
 from adamp_spec import Rows, check_flag, check_hyperparameter, one_minus_power
 from adamp_torch._layouts import Group, Table, assign_to_groups, check_layouts, group_rows, parameter_paths
@@ -67,7 +73,7 @@ class ProjectedOptimizer(Optimizer):
     def _check_group(self, group: Group, paths: list[str]) -> None:
         for name in ("nesterov", "capturable", "differentiable", "maximize"):
             check_flag(name, group[name])
-        require_single_tensor(group["foreach"], group["fused"])
+        check_path(group["foreach"], group["fused"], group["differentiable"])
         group["lr"] = _check_lr(group["lr"])
         self._check_hyperparameters(group)
         for path, param in zip(paths, group["params"], strict=True):
@@ -106,6 +112,7 @@ class ProjectedOptimizer(Optimizer):
         group = self.param_groups[i]
         if not torch.compiler.is_compiling():
             self._check_hyperparameters(group)  # a scheduler, or the user, may have changed them
+            check_path(group["foreach"], group["fused"], group["differentiable"])
         for j, param in enumerate(group["params"]):
             grad = param.grad
             if grad is None:
@@ -213,11 +220,21 @@ _WANTED = (
 )
 
 
-def require_single_tensor(foreach: bool | None, fused: bool | None) -> None:
-    """Raises RuntimeError unless the single-tensor path will do."""
+def check_path(foreach: bool | None, fused: bool | None, differentiable: bool) -> None:
+    """Raises RuntimeError where the path that is asked for does not exist, TypeError where a flag is none."""
     for name, flag in (("foreach", foreach), ("fused", fused)):
-        if flag:
-            raise RuntimeError(f"{name}=True is not available yet; pass {name}=None or {name}=False")
+        if flag is not None:
+            check_flag(name, flag)
+    if fused:
+        raise RuntimeError("fused=True is not available yet; pass fused=None or fused=False")
+    if foreach and differentiable:
+        raise RuntimeError("foreach=True does not support differentiable=True; pass foreach=None or foreach=False")
+
+
+def use_foreach(params: list[Tensor], foreach: bool | None, fused: bool | None, differentiable: bool) -> bool:
+    """Whether many tensors are stepped at once: as asked for, else where torch.optim does so by default."""
+    check_path(foreach, fused, differentiable)
+    return _default_to_fused_or_foreach(params, differentiable)[1] if foreach is None else foreach
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

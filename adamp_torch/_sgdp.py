@@ -15,8 +15,10 @@ from adamp_torch._base import (
     coefficient,
     load,
     store,
+    use_foreach,
     working_dtype,
 )
+from adamp_torch._foreach import load_all, parts, pick, stack, stack_rows, store_all, unstack
 from adamp_torch._layouts import Group, Table
 from adamp_torch._projection import project
 
@@ -56,7 +58,7 @@ class SGDP(ProjectedOptimizer):
     Raises:
       ValueError: a hyperparameter outside its domain; a layout that fits no parameter, or not its own.
       TypeError: a hyperparameter of another type; a parameter of another dtype.
-      RuntimeError: `foreach` or `fused` is True.
+      RuntimeError: `fused` is True, or `foreach` and `differentiable` are.
     """
 
     MOMENTS = ("momentum",)
@@ -117,12 +119,14 @@ class SGDP(ProjectedOptimizer):
         state_steps: list[Tensor] = []
         momenta: list[Tensor] = []
         self._init_group(group, params, grads, state_steps, momenta)
-        _single_tensor_sgdp(
+        sgdp(
             params,
             grads,
             momenta,
             state_steps,
             rows,
+            foreach=group["foreach"],
+            fused=group["fused"],
             lr=group["lr"],
             momentum=group["momentum"],
             dampening=group["dampening"],
@@ -133,8 +137,54 @@ class SGDP(ProjectedOptimizer):
             wd_ratio=group["wd_ratio"],
             project_momentum=group["project_momentum"],
             maximize=group["maximize"],
+            capturable=group["capturable"],
             differentiable=group["differentiable"],
         )
+
+
+def sgdp(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    state_steps: list[Tensor],
+    rows: list[Rows],
+    *,
+    foreach: bool | None,
+    fused: bool | None,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    eps: float,
+    delta: float,
+    wd_ratio: float,
+    project_momentum: bool,
+    maximize: bool,
+    capturable: bool,
+    differentiable: bool,
+) -> None:
+    """Steps `params`, `momenta` and `state_steps` in place; see `SGDP`."""
+    many = use_foreach(params, foreach, fused, differentiable)
+    (_multi_tensor_sgdp if many else _single_tensor_sgdp)(
+        params,
+        grads,
+        momenta,
+        state_steps,
+        rows,
+        lr=lr,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        eps=eps,
+        delta=delta,
+        wd_ratio=wd_ratio,
+        project_momentum=project_momentum,
+        maximize=maximize,
+        capturable=capturable,
+        differentiable=differentiable,
+    )
 
 
 def _single_tensor_sgdp(
@@ -154,9 +204,9 @@ def _single_tensor_sgdp(
     wd_ratio: float,
     project_momentum: bool,
     maximize: bool,
+    capturable: bool,
     differentiable: bool,
 ) -> None:
-    """Steps `params`, `momenta` and `state_steps` in place."""
     for param, grad, buffer, t, r in zip(params, grads, momenta, state_steps, rows, strict=True):
         dtype = working_dtype(param.dtype)
         p, m = (load(x, r, dtype, differentiable) for x in (param, buffer))
@@ -169,9 +219,69 @@ def _single_tensor_sgdp(
         q, ratio = project(q, p, g, r, delta=delta, wd_ratio=wd_ratio, eps=eps)
         if project_momentum and not nesterov:
             m = q  # SGDP-3
-        if weight_decay > 0:
-            p = p * (1 - eta * (weight_decay / (1 - momentum)) * ratio)  # SGDP-4
-        p = p - eta * q  # SGDP-5
+        p = _descend(p, q, ratio, eta, weight_decay, momentum)
 
         store(p, param)
         store(m, buffer)
+
+
+def _multi_tensor_sgdp(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momenta: list[Tensor],
+    state_steps: list[Tensor],
+    rows: list[Rows],
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    eps: float,
+    delta: float,
+    wd_ratio: float,
+    project_momentum: bool,
+    maximize: bool,
+    capturable: bool,
+    differentiable: bool,
+) -> None:
+    assert not differentiable, "refused by `use_foreach`"
+    if not params:
+        return
+    torch._foreach_add_(state_steps, 1)
+    for part in parts(params, rows, [None] * len(params)):
+        dtype = part.dtype
+        g = load_all(pick(grads, part.indices), dtype)
+        if maximize:
+            g = list(torch._foreach_neg(g))
+        eta = coefficient(lr, dtype)
+        stored = pick(momenta, part.indices)
+        m = load_all(stored, dtype)
+
+        torch._foreach_mul_(m, momentum)
+        torch._foreach_add_(m, g, alpha=1 - dampening)  # SGDP-1
+        store_all(m, stored)
+        directions = m
+        if nesterov:
+            directions = list(torch._foreach_mul(m, momentum))
+            torch._foreach_add_(directions, g)  # SGDP-2
+        del m
+
+        for indices, place in part.stacks:
+            like, r = params[indices[0]], rows[indices[0]]
+            p, q, gradient = (stack(x, like, r, dtype) for x in (pick(params, indices), directions[place], g[place]))
+            q, ratio = project(q, p, gradient, stack_rows(r, len(indices)), delta=delta, wd_ratio=wd_ratio, eps=eps)
+            if project_momentum and not nesterov:
+                store_all(unstack(q, like), pick(momenta, indices))  # SGDP-3
+            p = _descend(p, q, ratio, eta, weight_decay, momentum)
+            store_all(unstack(p, like), pick(params, indices))
+        del g, directions, p, q  # before the next part has its own
+
+
+def _descend(
+    p: Tensor, q: Tensor, ratio: Tensor | float, eta: float | Tensor, weight_decay: float, momentum: float
+) -> Tensor:
+    """The parameter after its decay and the step along `q`, of one tensor or of a stack."""
+    if weight_decay > 0:
+        p = p * (1 - eta * (weight_decay / (1 - momentum)) * ratio)  # SGDP-4
+    return p - eta * q  # SGDP-5

@@ -123,7 +123,7 @@ def check_oracle(algorithm, dtype, **options):
             _, _, branch = step(p, grads[i], state(t, *moments), hyper, layout)
             assert hyper.delta == 0 or list(branch.ravel()) == branches, variable.path
             p, g, *moments = (Bounded.exact(x) for x in (p, grads[i], *moments))
-            p, (_, *moments), _ = step(p, g, state(t, *moments), hyper, layout, branch)
+            p, (_, *moments), _ = step(p, g, state(t, *moments), hyper, layout, lambda *tests, branch=branch: branch)
             got = [numpy(variable), *(numpy(slot[i]) for slot in slots)]
             assert got[0].shape == shape
             assert [x.dtype for x in got] == [before[i][0].dtype] * len(got)

@@ -17,9 +17,11 @@ import adamp_jax
 from adamp_conformance.adapters.keras import KerasAdapter
 from adamp_conformance.adapters.optax import OptaxAdapter
 from adamp_conformance.adapters.torch import TorchAdapter
-from adamp_conformance.modes import MODES, Bench, Problem, create
-from adamp_conformance.suite import BY_ID
+from adamp_conformance.cases import DESIGNED
+from adamp_conformance.modes import Bench, Problem, create
+from adamp_conformance.modes import shadow as shadow_mode
 
+BY_ID = {case.id: case for case in DESIGNED}
 ADAMW = replace(BY_ID["adamp/never-project"], step=20_000, steps=20)
 SGDW = replace(BY_ID["sgdp/never-project"], steps=20)
 
@@ -75,7 +77,7 @@ class OptaxAdamW(OptaxAdapter):
 
 def shadow(make, case, dtype):
     problem = Problem(case, dtype, "torch")
-    return MODES["shadow"](Bench(create(make, problem), problem, make, {}))
+    return shadow_mode(Bench(create(make, problem), problem, make, {}))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -97,7 +97,7 @@ def assert_conforms(optimizer, param, grad, hyper, layout):
         assert all((x.certain == x.possible).all() for x in (channel, layer)), "the case must be decisive"
         branch = np.where(channel.certain, 1, np.where(layer.certain, 2, 0))
     oracle = adamp_step if len(names) == 2 else sgdp_step
-    wanted_p, wanted, _ = oracle(before, gradient, start, hyper, layout, branch=branch)
+    wanted_p, wanted, _ = oracle(before, gradient, start, hyper, layout, lambda channel, layer: branch)
 
     param.grad = grad
     optimizer.step()
@@ -589,13 +589,14 @@ BAD_OPTIONS = [
     ("adamp", {"delta": -0.1}, ValueError, "delta"),
     ("adamp", {"wd_ratio": float("inf")}, ValueError, "wd_ratio"),
     ("adamp", {"nesterov": 1}, TypeError, "nesterov"),
-    ("adamp", {"foreach": True}, RuntimeError, "foreach=None"),
+    ("adamp", {"foreach": True, "differentiable": True}, RuntimeError, "foreach=None"),
     ("adamp", {"fused": True}, RuntimeError, "fused=None"),
     ("sgdp", {"momentum": 1.0}, ValueError, "momentum"),
     ("sgdp", {"dampening": 1.1}, ValueError, "dampening"),
     ("sgdp", {"momentum": 0, "nesterov": True}, ValueError, "nesterov"),
     ("sgdp", {"project_momentum": "no"}, TypeError, "project_momentum"),
-    ("sgdp", {"foreach": True}, RuntimeError, "foreach=None"),
+    ("sgdp", {"foreach": True, "differentiable": True}, RuntimeError, "foreach=None"),
+    ("sgdp", {"fused": True}, RuntimeError, "fused=None"),
     ("sgdp", {"layouts": Layout(1)}, TypeError, "mapping"),
 ]
 

@@ -4,10 +4,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PACKAGES = ("adamp_conformance", "adamp_jax", "adamp_spec", "adamp_tf", "adamp_torch")
 FRAMEWORKS = {"torch", "tensorflow", "keras", "jax", "optax", "flax"}
 
 # extra -> the frameworks that it may bring, and a program that takes a step
@@ -50,7 +52,20 @@ result = CliRunner().invoke(cli.main, ["run", "-k", "adamp/zeros", "--jobs", "1"
 assert result.exit_code == 0, result.output
 for extra in ("torch", "tf", "jax"):
     assert f'adamp-parity[{extra},conformance]' in " ".join(result.output.split()), result.output
-assert CliRunner().invoke(cli.main, ["explain", "adamp/views"]).exit_code == 0
+assert CliRunner().invoke(cli.main, ["explain", "adamp/views/channel"]).exit_code == 0
+
+import subprocess, sys
+from pathlib import Path
+from adamp_conformance.spec_files import spec_file
+command = Path(sys.executable).with_name("adamp-parity")
+def run():
+    arguments = ["run", "--adapter", "oracle", "-k", "adamp/zeros", "--jobs", "1"]
+    return subprocess.run([command, *arguments], capture_output=True, text=True)
+assert run().returncode == 0, run().stdout
+vectors = spec_file("vectors/large/adamp-long-rows.float32.safetensors")
+vectors.write_bytes(vectors.read_bytes()[:-1] + b"?")
+assert run().returncode == 3, run().stdout
+assert "large/adamp-long-rows.float32.safetensors has changed" in run().stdout
 """,
     ),
 }
@@ -64,6 +79,27 @@ def wheel(tmp_path_factory):
     )
     (path,) = folder.glob("*.whl")
     return path
+
+
+def test_the_wheel_brings_what_the_harness_reads(wheel):
+    """All of the specification but its oracle, which is a package of its own, unchanged."""
+    spec = ROOT / "spec"
+    files = {path.relative_to(spec).as_posix(): path.read_bytes() for path in spec.rglob("*") if path.is_file()}
+    wanted = {name: content for name, content in files.items() if not name.startswith("adamp_spec/")}
+    assert {"SPEC.md", "PROTOCOL.md", "mutants.toml", "variants.toml", "vectors/MANIFEST.json"} <= set(wanted)
+    assert "schema/vectors.schema.json" in wanted
+    prefix = "adamp_conformance/spec/"
+    with ZipFile(wheel) as archive:
+        names = archive.namelist()
+        found = {name.removeprefix(prefix): archive.read(name) for name in names if name.startswith(prefix)}
+    assert found == wanted
+    assert "adamp_conformance/templates/report.html.j2" in names
+    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
+    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == set(PACKAGES)
+
+
+def test_the_wheel_is_small(wheel):
+    assert wheel.stat().st_size < 3_000_000
 
 
 @pytest.mark.parametrize("extra", EXTRAS)

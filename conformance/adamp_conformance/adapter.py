@@ -36,6 +36,8 @@ class Capabilities:
       dtypes: keys of `DTYPES`.
       weights: the form in which the framework's own layers store weights: `torch`, (out, in, ...),
         or `keras`, (..., in, out).
+      layouts: `any`, or `first`: rows are always the first axis, without batch axes, view or exemption.
+      fixed: hyperparameters that the implementation has no switch for, and the value that it stands at.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Capabilities:
     algorithms: tuple[str, ...]
     dtypes: tuple[str, ...]
     weights: Literal["torch", "keras"]
+    layouts: Literal["any", "first"] = "any"
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Parameter(NamedTuple):
@@ -77,7 +81,8 @@ class State:
 class Adapter(Protocol):
     """Drives one implementation through one problem at a time. Expected values are never handed to it.
 
-    A method raises whatever its implementation raises; the harness reports it as an adapter error.
+    A method raises whatever its implementation raises. Where a vector is to be refused that is the refusal;
+    anywhere else the harness reports it as an adapter error.
     """
 
     def capabilities(self) -> Capabilities:

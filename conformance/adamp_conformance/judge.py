@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+import adamp_spec
 from adamp_conformance.adapter import MOMENTS, Arrays, State
-from adamp_spec import (
-    AdamPHyper,
-    AdamPState,
-    Bounded,
-    Branch,
-    Layout,
-    Possible,
-    Rows,
-    SGDPHyper,
-    SGDPState,
-    adamp_step,
-    decide,
-    sgdp_step,
-)
+from adamp_spec import Bounded, Branch, Layout, Possible, Rows
 
-ALGORITHMS: dict[str, tuple[Any, Any, Any]] = {
-    "adamp": (AdamPHyper, AdamPState, adamp_step),
-    "sgdp": (SGDPHyper, SGDPState, sgdp_step),
-}
+
+class Algorithm(NamedTuple):
+    """One algorithm as a set of rules gives it: its hyperparameters, its state and its step."""
+
+    hyper: Any
+    state: Any
+    step: Any
+
+
+def algorithms(rules: Any = adamp_spec) -> dict[str, Algorithm]:
+    """The algorithms of `rules`: a package like `adamp_spec`."""
+    return {
+        "adamp": Algorithm(rules.AdamPHyper, rules.AdamPState, rules.adamp_step),
+        "sgdp": Algorithm(rules.SGDPHyper, rules.SGDPState, rules.sgdp_step),
+    }
+
+
+ALGORITHMS = algorithms()
 
 
 class Undecidable(Exception):
@@ -39,6 +41,7 @@ class Expected(NamedTuple):
     branch: Branch
     tensors: dict[str, Bounded]
     legal: np.ndarray  # per slice
+    seen: tuple[int, ...]  # the tensor's shape with the layout's view applied, which `legal` broadcasts to
 
 
 class Place(NamedTuple):
@@ -75,47 +78,62 @@ def expected_outcomes(
     algorithm: str,
     hyper: Mapping[str, Any],
     layout: Layout,
-    before: Mapping[str, np.ndarray],
+    before: Mapping[str, np.ndarray | Bounded],
     step: int,
     gradient: np.ndarray,
     exact: bool = False,
+    rules: Any = adamp_spec,
 ) -> list[Expected]:
     """Every outcome that is legal for some slice of one tensor.
 
     Args:
       algorithm, hyper, layout: the problem.
-      before: `p`, `m`, `v` before the step.
+      before: `p`, `m`, `v` before the step; `Bounded` where an implementation may already differ.
       step: steps taken before it.
       gradient: of the step.
       exact: whether every operation of the decision is exact in any working type, so that a cosine
         on the threshold is decided although its interval straddles it.
+      rules: what to expect, a package like `adamp_spec`.
 
     Raises:
       Undecidable: a bound is infinite.
     """
-    make_hyper, make_state, take_step = ALGORITHMS[algorithm]
+    make_hyper, make_state, take_step = algorithms(rules)[algorithm]
     checked = make_hyper(**hyper)
+    own_layout = rules.Layout(**layout.to_dict())
     rows = layout.rows(gradient.shape)
-    p, g = Bounded.exact(before["p"]), Bounded.exact(gradient)
-    state = make_state(step, *(Bounded.exact(before[moment]) for moment in MOMENTS[algorithm]))
+    bounded = {name: x if isinstance(x, Bounded) else Bounded.exact(x) for name, x in before.items()}
+    state = make_state(step, *(bounded[moment] for moment in MOMENTS[algorithm]))
 
-    p_test, g_test = (before["p"].astype(np.longdouble), gradient.astype(np.longdouble)) if exact else (p, g)
-    tests = decide(p_test, g_test, checked, rows)
-    channel, layer = (test if isinstance(test, Possible) else Possible(test, test) for test in tests)
+    def outcome(choose: Any) -> tuple[Bounded, Any]:
+        return take_step(bounded["p"], Bounded.exact(gradient), state, checked, own_layout, choose)[:2]
+
+    seen: list[Possible] = []
+
+    def record(*tests: Any) -> np.ndarray:
+        seen[:] = (test if isinstance(test, Possible) else Possible(test, test) for test in tests)
+        return np.full(rows.slices, Branch.NONE)
+
+    unprojected = outcome(record)
+    if exact:
+        p, *moments = (x.value.astype(np.longdouble) for x in bounded.values())
+        take_step(p, gradient.astype(np.longdouble), make_state(step, *moments), checked, own_layout, record)
+    channel, layer = seen
     legal = {
         Branch.CHANNEL: channel.possible,
         Branch.LAYER: ~channel.certain & layer.possible,
         Branch.NONE: ~channel.certain & ~layer.certain,
     }
     outcomes = []
-    for branch, slices in legal.items():
-        if np.any(slices):
-            new_p, new_state, _ = take_step(p, g, state, checked, layout, branch=np.full(rows.slices, branch))
+    for branch, where in legal.items():
+        if np.any(where) or (branch is Branch.NONE and not where.size):  # nothing to do, for no slices
+            forced = np.full(rows.slices, branch)
+            new_p, new_state = outcome(lambda *tests, forced=forced: forced) if branch else unprojected
             tensors = {"p": new_p} | dict(zip(MOMENTS[algorithm], new_state[1:], strict=True))
-            for name, bounded in tensors.items():
-                if not np.all(np.isfinite(bounded.error)):
+            for name, value in tensors.items():
+                if not np.all(np.isfinite(value.error)):
                     raise Undecidable(f"the bound of {name} is infinite on the branch {branch.name.lower()}")
-            outcomes.append(Expected(branch, tensors, slices))
+            outcomes.append(Expected(branch, tensors, where, rows.shape))
     return outcomes
 
 
@@ -140,8 +158,9 @@ def judge_step(
     gradients: Arrays,
     after: State,
     exact: frozenset[str] = frozenset(),
+    rules: Any = adamp_spec,
 ) -> Verdict:
-    """Judges one step of a whole problem.
+    """Judges one step of a whole problem, or of those of its parameters that `gradients` names.
 
     In every slice all tensors must match the same legal outcome (PREC-8); where the implementation
     reports its branch, that outcome.
@@ -149,14 +168,14 @@ def judge_step(
     Raises:
       Undecidable: see `expected_outcomes`.
     """
-    if problem := _mismatch(before, after):
+    if problem := _mismatch(before, after, gradients):
         return Verdict(np.inf, None, {}, False, problem)
     worst, place, ambiguous = 0.0, None, False
     branches = {}
     for name, gradient in gradients.items():
         rows = layouts[name].rows(gradient.shape)
         outcomes = expected_outcomes(
-            algorithm, hyper, layouts[name], before.tensors(name), before.step, gradient, name in exact
+            algorithm, hyper, layouts[name], before.tensors(name), before.step, gradient, name in exact, rules
         )
         got = after.tensors(name)
         scores = []  # per outcome: the worst margin of each slice, over all tensors jointly
@@ -178,7 +197,7 @@ def judge_step(
     return Verdict(worst, place, branches, ambiguous)
 
 
-class Element(NamedTuple):
+class Worst(NamedTuple):
     """The worst element of one array, and the outcome that it was compared with."""
 
     at: tuple[int, ...]
@@ -188,9 +207,9 @@ class Element(NamedTuple):
 
 def worst_elements(
     got: Mapping[str, np.ndarray], outcomes: Sequence[Expected], branches: np.ndarray, rows: Rows
-) -> dict[str, Element]:
+) -> dict[str, Worst]:
     """Where `p` and each moment are worst, each slice beside the outcome of its branch; empty for no elements."""
-    worst: dict[str, Element] = {}
+    worst: dict[str, Worst] = {}
     for tensor, array in got.items():
         for outcome in outcomes:
             bounded = outcome.tensors[tensor]
@@ -198,14 +217,14 @@ def worst_elements(
             score = np.where(here, margins(tensor, array, bounded), -1.0)
             if array.size and (tensor not in worst or score.max() > worst[tensor].margin):
                 index = tuple(int(i) for i in np.unravel_index(int(np.argmax(score)), array.shape))
-                worst[tensor] = Element(index, float(score[index]), bounded)
+                worst[tensor] = Worst(index, float(score[index]), bounded)
     return worst
 
 
-def _mismatch(before: State, after: State) -> str | None:
+def _mismatch(before: State, after: State, names: Iterable[str]) -> str | None:
     if after.step != before.step + 1:
         return f"the step count went from {before.step} to {after.step}"
-    for name in before.parameters:
+    for name in names:
         for tensor, old in before.tensors(name).items():
             new = after.tensors(name)[tensor]
             if new.shape != old.shape or new.dtype != old.dtype:

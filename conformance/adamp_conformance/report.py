@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from adamp_conformance.implementations import Implementation
-from adamp_conformance.judge import expected_outcomes, worst_elements
-from adamp_conformance.modes import Outcome, Problem, Step
-from adamp_conformance.results import ERRORED, FAILED, PASSED, SKIPPED, Result
+from adamp_conformance.diagnose import Diagnosis
+from adamp_conformance.implementations import Implementation, resolve
+from adamp_conformance.modes import Outcome, Problem
+from adamp_conformance.publish.summary import SHORT_DTYPES, count, kinds, margin_text, replay, standings, suspects
+from adamp_conformance.results import ERRORED, FAILED, PASSED, SKIPPED, Run
+from adamp_conformance.runner import Entry
 from adamp_conformance.spec_files import clauses
-from adamp_spec import Branch, Layout
+from adamp_spec import Branch
 
-SHOWN_FAILURES = 20
+SHOWN_KINDS = 20
 
 
 def print_missing(console: Console, missing: Sequence[Implementation]) -> None:
@@ -29,94 +32,101 @@ def print_missing(console: Console, missing: Sequence[Implementation]) -> None:
         )
 
 
-def print_results(console: Console, results: Sequence[Result], versions: Mapping[str, str]) -> None:
-    """One row per implementation: checks passed, worst margin per dtype; then what failed."""
-    by_implementation: dict[str, list[Result]] = defaultdict(list)
-    for result in results:
-        by_implementation[result.implementation].append(result)
-
-    table = Table(title="checks, and worst margin per dtype", title_justify="left")
-    table.add_column("", no_wrap=True)
-    for title in ("passed", "fail", "error", "skip", *_SHORT.values()):
+def print_results(console: Console, run: Run) -> None:
+    """One row per implementation: checks passed, worst margin per dtype; then what failed, alike things once."""
+    stands = standings(run)
+    table = Table(title="checks, and worst margin per dtype", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", overflow="fold", min_width=12)
+    for title in ("passed", "fail", "error", "skip", *SHORT_DTYPES.values()):
         table.add_column(title, justify="right", no_wrap=True)
-    for name, mine in by_implementation.items():
-        counts = Counter(result.status for result in mine)
-        color = "red" if counts[FAILED] or counts[ERRORED] else "green"
+    for x in stands:
+        color = "red" if x.counts[FAILED] or x.counts[ERRORED] else "green"
         table.add_row(
-            f"[{color}]{name}[/]",
-            f"{counts[PASSED]}/{len(mine)}",
-            *(f"[red]{counts[status]}[/]" if counts[status] else "0" for status in (FAILED, ERRORED)),
-            str(counts[SKIPPED]),
-            *(_worst_margin(mine, dtype) for dtype in _SHORT),
+            f"[{color}]{escape(x.implementation)}[/]",
+            f"{x.counts[PASSED]}/{x.total}",
+            *(f"[red]{x.counts[status]}[/]" if x.counts[status] else "0" for status in (FAILED, ERRORED)),
+            str(x.counts[SKIPPED]),
+            *(margin_text(x.worst[dtype]) if dtype in x.worst else "-" for dtype in SHORT_DTYPES),
         )
     console.print(table)
     console.print("margin: largest |got - expected| / bound of any judged step; at most 1 conforms", style="dim")
-    for name in by_implementation:
-        console.print(f"{name}: {versions[name]}", style="dim", highlight=False)
+    for x in stands:
+        console.print(f"{x.implementation}: {x.version}", style="dim", highlight=False)
 
-    bad = [x for x in results if x.status in (FAILED, ERRORED)]
-    for x in bad[:SHOWN_FAILURES]:
-        where = f"{x.case} {x.implementation} {x.dtype} {x.mode}"
-        console.print(f"[red]{x.status}[/] {where}: {escape(x.message)}", soft_wrap=True, highlight=False)
-    if len(bad) > SHOWN_FAILURES:
-        console.print(f"... and {len(bad) - SHOWN_FAILURES} more; --json FILE keeps them all")
-    judged = [x for x in bad if x.mode in ("step", "shadow")]  # what explain replays
-    if judged:
-        x = judged[0]
-        command = f"adamp-parity explain {x.case} --backend {x.implementation} --dtype {x.dtype}"
-        console.print(f"look closer: {command}", soft_wrap=True, highlight=False)
+    def line(text: str) -> None:
+        console.print(text, soft_wrap=True, highlight=False)
+
+    found = kinds(run.results, FAILED, ERRORED)
+    for kind in found[:SHOWN_KINDS]:
+        worst = kind.worst
+        others = f" (and {count(len(kind.results) - 1, 'check')} alike)" if kind.results[1:] else ""
+        where = f"{worst.case} {escape(worst.implementation)} {worst.dtype} {worst.mode}"
+        line(f"[red]{worst.status}[/] {where}: {escape(worst.message)}{others}")
+    if len(found) > SHOWN_KINDS:
+        line(f"... and {len(found) - SHOWN_KINDS} more kinds of failure; --json FILE keeps them all")
+    for x in stands:
+        if suspected := suspects([result for result in run.results if result.implementation == x.implementation]):
+            words = ", ".join(f"[bold]{flag}[/] ({failed} of {total})" for flag, failed, total in suspected[:5])
+            line(f"{escape(x.implementation)} fails vectors that are for: {words}")
+            if _has_adapter(x.implementation):
+                line(f"what it follows instead: {escape(shlex.join(['adamp-parity', 'diagnose', x.implementation]))}")
+    if found and _has_adapter(found[0].worst.implementation):
+        line(f"look closer: {escape(replay(found[0].worst))}")
 
 
-def _worst_margin(results: Sequence[Result], dtype: str) -> str:
-    values = [x.margin for x in results if x.dtype == dtype and x.margin is not None]
-    return f"{max(values):.3f}" if values else "-"
+def _has_adapter(name: str) -> bool:
+    """Whether --adapter takes the name: recorded answers have none."""
+    try:
+        return bool(resolve(name))
+    except ValueError:
+        return False
 
 
-def print_explanation(console: Console, problem: Problem, implementation: str, outcome: Outcome) -> None:
+def print_explanation(
+    console: Console, entry: Entry, implementation: str, problem: Problem | None, outcome: Outcome
+) -> None:
     """Clauses, inputs, legal interval, got and margin of the worst step of a case, tensor by tensor."""
-    case, step = problem.case, outcome.worst
-    assert step is not None
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    line(f"[bold]{case.id}[/] {implementation} {problem.dtype}, step {step.after.step}")
-    line(f"hyperparameters {case.hyper}")
-    for label in case.clauses:
+    line(f"[bold]{entry.id}[/] {implementation}: {escape(entry.purpose)}")
+    for label in entry.clauses:
         line(f"[bold]{label}[/] {escape(clauses()[label])}")
-    if step.verdict.problem:
-        line(f"[red]{escape(step.verdict.problem)}[/]")
-        return
-    for name, gradient in step.gradients.items():
-        layout = problem.layouts()[name]
-        tensor = case.tensors.get(name)
-        purpose = f": {tensor.purpose}" if tensor else ""
-        branches = step.verdict.branches[name].ravel()
-        line(f"\n[bold]{name}[/] {escape(str(list(gradient.shape)))} {layout}{purpose}")
-        line(f"  branch {', '.join(Branch(b).name.lower() for b in branches)}")
-        if gradient.size:
-            for text in _elements(problem, step, name, layout):
-                line(text)
+    step = outcome.worst
+    if problem and step:
+        line(f"hyperparameters {problem.case.hyper}")
+    if problem and step and not step.verdict.problem:
+        for name, gradient in step.gradients.items():
+            branches = (Branch(b).name.lower() for b in step.verdict.branches[name].ravel())
+            line(f"\n[bold]{name}[/] {escape(str(list(gradient.shape)))} {problem.layouts()[name]}")
+            line(f"  branch {', '.join(branches)}, step {step.after.step}, {problem.dtype}")
+            for x in problem.elements(step, name).values():
+                line(f"  {x.tensor}{escape(str(list(x.at)))} was {x.before}, gradient {x.gradient}")
+                line(f"    legal {x.low} to {x.high}, got {x.got}, margin {x.margin:.3g}")
+    line(f"[red]{escape(outcome.problem)}[/]" if outcome.problem else "[green]conforms[/]")
 
 
-def _elements(problem: Problem, step: Step, name: str, layout: Layout) -> Iterator[str]:
-    """The worst element of the parameter and of each moment."""
-    before, got, gradient = step.before.tensors(name), step.after.tensors(name), step.gradients[name]
-    case = problem.case
-    outcomes = expected_outcomes(
-        case.algorithm, case.hyper, layout, before, step.before.step, gradient, name in case.exact
-    )
-    scores = worst_elements(got, outcomes, step.verdict.branches[name], layout.rows(gradient.shape))
-    digits = 17 if problem.dtype == "float64" else 9
-    for tensor, (at, margin, bounded) in scores.items():
-        value, error = bounded.value[at], bounded.error[at]
-        old, slope, low, new, high = (
-            f"{float(x):.{digits}g}"
-            for x in (before[tensor][at], gradient[at], value - error, got[tensor][at], value + error)
-        )
-        color = "green" if margin <= 1 else "red"
-        yield f"  {tensor}{escape(str(list(at)))} was {old}, gradient {slope}"
-        yield f"    legal {low} to {high}, got {new}, margin [{color}]{margin:.3g}[/]"
-
-
-_SHORT = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+def print_diagnosis(console: Console, implementation: str, found: Diagnosis) -> None:
+    """Which rule an implementation follows at each choice point, with the vectors that tell."""
+    title = f"{implementation}, {found.algorithm}: {found.conforming} of {found.answers} one-step vectors conform"
+    table = Table("choice", "follows", "rule", "vectors that tell", title=title, title_justify="left")
+    for point, option, telling, explained in found.findings:
+        told = telling or option.mutant
+        evidence = "vectors for other mistakes" if told else "none: cannot be told"
+        evidence = f"{explained} of {telling}" if telling else evidence
+        color = "yellow" if option.mutant else "green"
+        follows = f"[{color}]{option.name.replace('_', ' ')}[/]"
+        rule = option.rule if not option.mutant else f"{option.rule} (ours: {point.options[0].rule})"
+        table.add_row(point.name.replace("_", " "), follows if told else "-", escape(rule) if told else "", evidence)
+    console.print(table)
+    for mutant in found.others:
+        text = f"and it behaves like the wrong optimizer [bold]{mutant.id}[/], which violates {mutant.clause}: "
+        console.print(text + escape(clauses()[mutant.clause]), highlight=False)
+    for what, left in (
+        ("vectors make it raise", [answer for answer in found.unexplained if answer.after is None]),
+        ("answers fit no rule that is known", [answer for answer in found.unexplained if answer.after is not None]),
+    ):
+        if left:
+            ids = [f"{answer.vector.id} in {answer.group.dtype}" for answer in left]
+            console.print(f"[red]{len(ids)} {what}[/], such as {', '.join(ids[:3])}", highlight=False)

@@ -25,22 +25,24 @@ def roundings_of_a_sum(terms: int) -> int:
 
 
 class Limits(NamedTuple):
-    """Unit roundoff, largest error of an underflow, and largest finite number of a floating-point type."""
+    """Of a floating-point type: unit roundoff, smallest normal and largest finite number.
+
+    `flushes` says whether results below the smallest normal number may be replaced by zero (PREC-5).
+    """
 
     unit: float
-    underflow: float
+    normal: float
     largest: float
+    flushes: bool
 
 
 @cache
 def limits(dtype: np.dtype) -> Limits:
     """`Limits` of any NumPy float type, bfloat16 from ml_dtypes included."""
     if dtype.name == "bfloat16":  # NumPy's finfo does not know it
-        return Limits(2.0**-8, 2.0**-126, (2 - 2.0**-7) * 2.0**127)
+        return Limits(2.0**-8, 2.0**-126, (2 - 2.0**-7) * 2.0**127, True)
     info = np.finfo(dtype)
-    keeps_subnormals = dtype.itemsize == 2  # PREC-5
-    underflow = float(info.smallest_subnormal) / 2 if keeps_subnormals else info.tiny
-    return Limits(float(info.eps) / 2, underflow, info.max)
+    return Limits(float(info.eps) / 2, float(info.tiny), float(info.max), dtype.itemsize > 2)
 
 
 class Possible(NamedTuple):
@@ -112,11 +114,14 @@ def _rounded(
     value: np.ndarray, error: np.ndarray, dtype: np.dtype, roundings: int, scale: np.ndarray | None = None
 ) -> Bounded:
     """`value` known to `error`, after `roundings` roundings relative to `scale` (by default |value| + error)."""
-    unit, underflow, largest = limits(dtype)
-    unit += float(np.finfo(value.dtype).eps) / 2  # the reference rounds too
-    scale = np.abs(value) + error if scale is None else scale
-    bound = error + roundings * unit * scale
-    bound = np.where(bound + scale > 0, bound + underflow, bound)  # PREC-5
+    unit, normal, largest, flushes = limits(dtype)
+    allowed = roundings * (unit + float(np.finfo(value.dtype).eps) / 2)  # the reference rounds too
+    if scale is not None:  # what a sum may come to is all that can be said of its last rounding
+        error, allowed = error + allowed * scale, 0.0
+    top = np.abs(value) + error
+    bound = error + allowed * top
+    lost = np.minimum(top, normal) if flushes else np.maximum(unit * normal - allowed * top, 0.0)
+    bound = np.where((np.abs(value) - error < normal) & (top > 0), bound + lost, bound)  # PREC-5
     bound = np.where(np.abs(value) + bound > largest, np.inf, bound)  # may overflow: no statement
     return Bounded(value, bound, dtype)
 
@@ -138,14 +143,16 @@ def _divide(a: Bounded, b: Bounded) -> Bounded:
     value = a.value / b.value
     room = np.abs(b.value) - b.error  # distance of the divisor from zero
     error = np.where(room > 0, (a.error + np.abs(value) * b.error) / room, np.inf)
-    return _rounded(value, np.where(a.error + b.error == 0, 0.0, error), a.dtype, 1)
+    exact = (a.error + b.error == 0) | ((a.value == 0) & (a.error == 0))  # EDGE-1: zero divided by anything is zero
+    return _rounded(value, np.where(exact, 0.0, error), a.dtype, 1)
 
 
 def _sqrt(a: Bounded) -> Bounded:
     value = np.sqrt(a.value)
     low = np.sqrt(np.maximum(a.value - a.error, 0))
     high = np.sqrt(a.value + a.error)
-    error = np.where(value > 0, np.maximum(a.error / (value + low), high - value), high)
+    below = np.minimum(a.error, a.value) / (value + low)  # value - low without cancellation
+    error = np.where(value > 0, np.maximum(below, high - value), high)
     return _rounded(value, np.where(a.error == 0, 0.0, error), a.dtype, 1)
 
 
@@ -154,12 +161,19 @@ def _absolute(a: Bounded) -> Bounded:
 
 
 def _maximum(a: Bounded, b: Bounded) -> Bounded:
-    return Bounded(np.maximum(a.value, b.value), np.maximum(a.error, b.error), a.dtype)
+    value = np.maximum(a.value, b.value)
+    low, high = np.maximum(a.value - a.error, b.value - b.error), np.maximum(a.value + a.error, b.value + b.error)
+    return Bounded(value, np.maximum(high - value, value - low), a.dtype)
 
 
 def _less(a: Bounded, b: Bounded) -> Possible:
-    """The one comparison of the oracle: `a` is a cosine's absolute value, so no implementation gets it below 0."""
+    """`a` is a cosine's absolute value, so no implementation gets it below 0."""
     return Possible(a.value + a.error < b.value - b.error, np.maximum(a.value - a.error, 0) < b.value + b.error)
+
+
+def _less_equal(a: Bounded, b: Bounded) -> Possible:
+    """As `_less`, for rules other than the oracle's."""
+    return Possible(a.value + a.error <= b.value - b.error, np.maximum(a.value - a.error, 0) <= b.value + b.error)
 
 
 def _sum(a: Bounded, axis: tuple[int, ...], keepdims: bool) -> Bounded:
@@ -181,14 +195,14 @@ def _reshape(a: Bounded, shape: tuple[int, ...]) -> Bounded:
 
 
 def _full_like(like: Bounded, value: float | np.longdouble, shape: tuple[int, ...]) -> Bounded:
-    """A coefficient (PREC-2); 0 and 1 are exact."""
+    """A coefficient (PREC-2)."""
     wide = np.full(shape, value, like.value.dtype)
-    exact = value in (0, 1)
-    return (
-        Bounded(wide, 0.0, like.dtype)
-        if exact
-        else _rounded(wide, np.zeros(shape), like.dtype, ROUNDINGS_OF_A_COEFFICIENT)
-    )
+    return _rounded(wide, np.zeros(shape), like.dtype, ROUNDINGS_OF_A_COEFFICIENT)
+
+
+def _ones_like(like: Bounded, shape: tuple[int, ...]) -> Bounded:
+    """The number 1, no coefficient."""
+    return Bounded(np.ones(shape, like.value.dtype), 0.0, like.dtype)
 
 
 _UFUNCS: dict[np.ufunc, Callable[..., Any]] = {
@@ -200,10 +214,12 @@ _UFUNCS: dict[np.ufunc, Callable[..., Any]] = {
     np.absolute: _absolute,
     np.maximum: _maximum,
     np.less: _less,
+    np.less_equal: _less_equal,
 }
 _FUNCTIONS: dict[Callable, Callable[..., Any]] = {
     np.sum: _sum,
     np.where: _where,
     np.reshape: _reshape,
     np.full_like: _full_like,
+    np.ones_like: _ones_like,
 }

@@ -8,6 +8,7 @@ each value, how far a conforming implementation may be from it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, NamedTuple
 
@@ -27,6 +28,14 @@ class Branch(IntEnum):
     LAYER = 2
 
 
+def first_that_passes(channel: Array, layer: Array) -> Array:
+    """The branch of each slice, given whether its tests pass (PROJ-4)."""
+    return np.where(channel, Branch.CHANNEL, np.where(layer, Branch.LAYER, Branch.NONE))
+
+
+Choose = Callable[[Array, Array], Array]
+
+
 class AdamPState(NamedTuple):
     """Steps taken, first and second moment (both shaped like the parameter)."""
 
@@ -43,7 +52,12 @@ class SGDPState(NamedTuple):
 
 
 def adamp_step(
-    param: Array, grad: Array, state: AdamPState, hyper: AdamPHyper, layout: Layout, branch: Array | None = None
+    param: Array,
+    grad: Array,
+    state: AdamPState,
+    hyper: AdamPHyper,
+    layout: Layout,
+    choose: Choose = first_that_passes,
 ) -> tuple[Array, AdamPState, Array]:
     """One step of AdamP on one tensor.
 
@@ -52,8 +66,8 @@ def adamp_step(
       state: the state before the step; zeros and step 0 at the start.
       hyper: the hyperparameters.
       layout: the rows of `param`.
-      branch: `None` to decide, or the `Branch` to take in each slice (what the judge uses where
-        either outcome is legal).
+      choose: takes, per slice, whether the channel test and the layer test pass, and gives the `Branch` to
+        take (the judge's way to learn of the tests, and to see each outcome where several are legal).
 
     Returns:
       The new parameter and state, each rounded once to the dtype it came in, and the branch
@@ -73,10 +87,10 @@ def adamp_step(
     sqrt_bc2 = _coefficient(np.sqrt(one_minus_power(hyper.beta2, t)), p)
 
     m = b1 * m + one_minus_b1 * g  # ADAMP-1
-    v = b2 * v + one_minus_b2 * g * g  # ADAMP-2
+    v = b2 * v + one_minus_b2 * (g * g)  # ADAMP-2
     n = b1 * m + one_minus_b1 * g if hyper.nesterov else m  # ADAMP-3
     q = n / (np.sqrt(v) / sqrt_bc2 + eps)  # ADAMP-4
-    q, branch, ratio = _project(q, p, g, hyper, rows, branch)
+    q, branch, ratio = _project(q, p, g, hyper, rows, choose)
     if hyper.weight_decay > 0:
         p = p * (1 - lr * _coefficient(hyper.weight_decay, p) * ratio)  # ADAMP-5
     p = p - step * q  # ADAMP-6
@@ -84,7 +98,12 @@ def adamp_step(
 
 
 def sgdp_step(
-    param: Array, grad: Array, state: SGDPState, hyper: SGDPHyper, layout: Layout, branch: Array | None = None
+    param: Array,
+    grad: Array,
+    state: SGDPState,
+    hyper: SGDPHyper,
+    layout: Layout,
+    choose: Choose = first_that_passes,
 ) -> tuple[Array, SGDPState, Array]:
     """One step of SGDP on one tensor; arguments, results and errors as for `adamp_step`."""
     _check_arrays(param, grad, *state[1:])
@@ -95,7 +114,7 @@ def sgdp_step(
 
     m = mu * m + _coefficient(1 - np.longdouble(hyper.dampening), p) * g  # SGDP-1
     q = g + mu * m if hyper.nesterov else m  # SGDP-2
-    q, branch, ratio = _project(q, p, g, hyper, rows, branch)
+    q, branch, ratio = _project(q, p, g, hyper, rows, choose)
     if hyper.project_momentum and not hyper.nesterov:
         m = q  # SGDP-3
     if hyper.weight_decay > 0:
@@ -106,7 +125,7 @@ def sgdp_step(
 
 
 def _project(
-    q: Array, p: Array, g: Array, hyper: AdamPHyper | SGDPHyper, rows: Rows, branch: Array | None
+    q: Array, p: Array, g: Array, hyper: AdamPHyper | SGDPHyper, rows: Rows, choose: Choose
 ) -> tuple[Array, Array, Array]:
     """The projected direction; the branch and the decay multiplier of each slice."""
     eps = _coefficient(hyper.eps, p)
@@ -115,14 +134,12 @@ def _project(
         unit = p / (np.sqrt(np.sum(p * p, axis=axes, keepdims=True)) + eps)  # PROJ-5
         return q - unit * np.sum(unit * q, axis=axes, keepdims=True)  # PROJ-6
 
-    if branch is None:
-        channel, layer = decide(p, g, hyper, rows)
-        branch = np.where(channel, Branch.CHANNEL, np.where(layer, Branch.LAYER, Branch.NONE))  # PROJ-4
+    branch = choose(*decide(p, g, hyper, rows))  # PROJ-4
     views = {Branch.CHANNEL: rows.row, Branch.LAYER: rows.layer} if rows.projects else {}
     projected = {view: project(axes) for view, axes in views.items() if np.any(branch == view)}
     for view, direction in projected.items():
         q = np.where(branch == view, direction, q)
-    ratio = np.where(branch == Branch.NONE, _coefficient(1.0, p), _coefficient(hyper.wd_ratio, p))  # PROJ-7
+    ratio = np.where(branch == Branch.NONE, np.ones_like(p, shape=()), _coefficient(hyper.wd_ratio, p))  # PROJ-7
     return q, branch, ratio
 
 

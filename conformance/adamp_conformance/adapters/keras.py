@@ -57,11 +57,15 @@ class KerasAdapter:
         self.apply = tf.function(apply, jit_compile=compiled[self.execution]) if self.execution in compiled else apply
 
     def load(self, state: State) -> None:
-        self.optimizer.iterations.assign(state.step)
-        for index, (name, variable) in enumerate(self.variables.items()):
+        saved = {variable.path: variable.numpy() for variable in self.optimizer.variables}
+        saved[self.optimizer.iterations.path] = np.asarray(state.step)
+        for moment, slots in self._slots().items():
+            saved.update(
+                (slot.path, state.moments[moment][name]) for slot, name in zip(slots, self.variables, strict=True)
+            )
+        self.optimizer.load_own_variables({str(index): x for index, x in enumerate(saved.values())})
+        for name, variable in self.variables.items():
             variable.assign(state.parameters[name])
-            for moment, slots in self._slots().items():
-                slots[index].assign(state.moments[moment][name])
 
     def step(self, gradients: Arrays) -> None:
         with tf.device(self.device):

@@ -1,4 +1,4 @@
-"""`adamp_torch` as an adapter."""
+"""`adamp_torch` as an adapter, on what the adapters of all `torch.optim` optimizers share."""
 
 from __future__ import annotations
 
@@ -11,21 +11,36 @@ import torch
 
 import adamp_torch
 from adamp_conformance.adapter import DTYPES, MOMENTS, Arrays, Capabilities, Parameter, State
+from adamp_spec import Layout
+
+Layouts = dict[torch.Tensor | str, Layout]
 
 _KEYS = {"adamp": {"m": "exp_avg", "v": "exp_avg_sq"}, "sgdp": {"m": "momentum"}}
 
 
-class TorchAdapter:
-    """`adamp_torch.AdamP` and `SGDP`, single-tensor path."""
+class OptimizerAdapter:
+    """A `torch.optim.Optimizer` under the keywords and state keys of the package `adamp`, driven as a user drives it.
+
+    It is given its state through `load_state_dict`. Until then the state is of its own making: none, which is read
+    as step 0 and zeros, and from the first step on what it made.
+    """
 
     def __init__(self, execution: str = "eager", device: str = "cpu") -> None:
         self.execution = execution
         self.device = device
 
-    def capabilities(self) -> Capabilities:
-        return Capabilities(
-            "torch", f"torch {torch.__version__}", self.execution, tuple(MOMENTS), tuple(DTYPES), "torch"
-        )
+    def _make(self, options: dict[str, Any], layouts: Layouts) -> torch.optim.Optimizer:
+        """The optimizer of `self.algorithm` for `self.parameters`."""
+        raise NotImplementedError
+
+    def _save_step(self, saved: dict[str, Any], step: int) -> None:
+        """Writes the step count into a state dict."""
+        for entry in saved["state"].values():
+            entry["step"] = step
+
+    def _steps(self) -> set[int]:
+        """The step counts that the optimizer holds; one, or there is something wrong."""
+        return {int(entry["step"]) for entry in self.optimizer.state.values()}
 
     def create(self, algorithm: str, hyper: Mapping[str, Any], parameters: Mapping[str, Parameter]) -> None:
         self.algorithm = algorithm
@@ -33,13 +48,8 @@ class TorchAdapter:
         options = dict(hyper)
         if algorithm == "adamp":
             options["betas"] = (options.pop("beta1"), options.pop("beta2"))
-        options["layouts"] = {self.parameters[name]: x.layout for name, x in parameters.items() if x.layout is not None}
-        make = adamp_torch.AdamP if algorithm == "adamp" else adamp_torch.SGDP
-        self.optimizer = make(self.parameters.values(), **options)
-        zeros = {
-            moment: {name: np.zeros_like(x.value) for name, x in parameters.items()} for moment in MOMENTS[algorithm]
-        }
-        self.load(State(0, {name: x.value for name, x in parameters.items()}, zeros))
+        layouts: Layouts = {self.parameters[name]: x.layout for name, x in parameters.items() if x.layout is not None}
+        self.optimizer = self._make(options, layouts)
 
     def load(self, state: State) -> None:
         with torch.no_grad():
@@ -47,10 +57,10 @@ class TorchAdapter:
                 parameter.copy_(self._tensor(state.parameters[name]))
         saved = self.optimizer.state_dict()
         saved["state"] = {
-            index: {"step": torch.tensor(float(state.step))}
-            | {key: self._tensor(state.moments[moment][name]) for moment, key in _KEYS[self.algorithm].items()}
+            index: {key: self._tensor(state.moments[moment][name]) for moment, key in _KEYS[self.algorithm].items()}
             for index, name in enumerate(self.parameters)
         }
+        self._save_step(saved, state.step)
         self.optimizer.load_state_dict(saved)
 
     def step(self, gradients: Arrays) -> None:
@@ -59,13 +69,15 @@ class TorchAdapter:
         self.optimizer.step()
 
     def dump(self) -> State:
-        states = {name: self.optimizer.state[parameter] for name, parameter in self.parameters.items()}
-        (step,) = {int(state["step"]) for state in states.values()}
+        parameters = {name: _array(parameter) for name, parameter in self.parameters.items()}
+        states = [self.optimizer.state.get(parameter) for parameter in self.parameters.values()]
+        pairs = list(zip(parameters.items(), states, strict=True))
         moments = {
-            moment: {name: _array(state[key]) for name, state in states.items()}
+            moment: {name: _array(state[key]) if state else np.zeros_like(x) for (name, x), state in pairs}
             for moment, key in _KEYS[self.algorithm].items()
         }
-        return State(step, {name: _array(parameter) for name, parameter in self.parameters.items()}, moments)
+        (step,) = self._steps() or {0}
+        return State(step, parameters, moments)
 
     def _tensor(self, x: np.ndarray, copy: bool = True) -> torch.Tensor:
         """Gradients are not copied on the CPU, so that a step that writes to them is seen."""
@@ -73,6 +85,19 @@ class TorchAdapter:
         if x.dtype == ml_dtypes.bfloat16:
             return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16).to(self.device)
         return torch.from_numpy(x).to(self.device)
+
+
+class TorchAdapter(OptimizerAdapter):
+    """`adamp_torch.AdamP` and `SGDP`: the loop over single tensors (`eager`) or many tensors at once (`foreach`)."""
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            "torch", f"torch {torch.__version__}", self.execution, tuple(MOMENTS), tuple(DTYPES), "torch"
+        )
+
+    def _make(self, options: dict[str, Any], layouts: Layouts) -> torch.optim.Optimizer:
+        make = adamp_torch.AdamP if self.algorithm == "adamp" else adamp_torch.SGDP
+        return make(self.parameters.values(), **options, layouts=layouts, foreach=self.execution == "foreach")
 
 
 def _array(x: torch.Tensor) -> np.ndarray:
