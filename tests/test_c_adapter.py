@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -10,14 +11,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from adamp_conformance import protocol, vectors
+from adamp_conformance import cli, protocol, vectors
 from adamp_conformance.adapters.oracle import OracleAdapter
 from adamp_conformance.adapters.process import ProcessAdapter
 from adamp_conformance.cases import DESIGNED
 from adamp_conformance.export import export
 from adamp_conformance.modes import RUNS, Bench, Problem, create, judge_refusal, judge_vectors
 from adamp_conformance.protocol import Refused
+from adamp_conformance.results import EXIT_CONFORMS, EXIT_FAILED
 from adamp_spec import Layout
 
 SOURCES = Path(__file__).parent.parent / "examples/c"
@@ -146,6 +149,24 @@ def test_a_planted_fault_is_found(corpus, header, tmp_path, fault):
     problem = Problem(group.only([id]), "float32", "torch")
     outcomes = judge_vectors(create(partial(ProcessAdapter, str(adapter)), problem), problem)
     assert outcomes[id].problem is not None
+
+
+def test_a_run_names_the_mistake(tmp_path):
+    """Two processes of the suite, each with an adapter of its own; without the fault the same command passes."""
+
+    def run(folder, *command):
+        adapter = build(folder / "adapter.c", tmp_path / "adapter")
+        return CliRunner().invoke(cli.main, [*command, f"exec:{adapter}"])
+
+    command = ["run", "--mode", "step", "--jobs", "2", "--adapter"]
+    assert run(SOURCES, *command).exit_code == EXIT_CONFORMS
+    faulty = plant("lost wd_ratio", tmp_path / "c")
+    result = run(faulty, *command)
+    assert result.exit_code == EXIT_FAILED
+    assert re.search(r"fails vectors that are for: .*\bdecay-ratio \(", result.output)
+    result = run(faulty, "diagnose")
+    assert result.exit_code == EXIT_FAILED
+    assert "behaves like the wrong optimizer decay-ratio/ignored" in result.output
 
 
 def test_the_vectors_pass_over_the_protocol(corpus, adapter):

@@ -125,14 +125,20 @@ def kinds(results: Iterable[Result], *statuses: str) -> list[Kind]:
 def suspects(results: Sequence[Result]) -> list[tuple[str, int, int]]:
     """(flag, vectors that failed, all vectors) of the mistakes that failing vectors are for.
 
-    Those come first of which many vectors failed, and few did not.
+    Those come first that most failing and fewest passing vectors are for (the harmonic mean of both shares); an
+    algorithm of which nothing failed says nothing.
     """
-    total, failed = Counter[str](), Counter[str]()
-    for result in results:
-        total.update(result.flags if result.status != SKIPPED else ())
-        failed.update(result.flags if result.status == FAILED else ())
+    vectors = [result for result in results if result.flags and result.status != SKIPPED]
+    failing = [result for result in vectors if result.status == FAILED]
+    algorithms = {_algorithm(result) for result in failing}
+    total = Counter(flag for result in vectors if _algorithm(result) in algorithms for flag in result.flags)
+    failed = Counter(flag for result in failing for flag in result.flags)
     found = [(flag, failed[flag], total[flag]) for flag in failed]
-    return sorted(found, key=lambda x: -(x[1] ** 2) / x[2])
+    return sorted(found, key=lambda x: -x[1] / (x[2] + len(failing)))
+
+
+def _algorithm(result: Result) -> str:
+    return result.case.partition("/")[0]
 
 
 _VARYING = re.compile(r"'[^']*'|\b[pmv] of\b|\[[^\]]*\]|0x[0-9a-f]+|\b(?:inf|nan|\d[\d.]*(?:e[+-]?\d+)?)\b")
