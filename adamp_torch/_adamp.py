@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +17,6 @@ from adamp_torch._base import (
     coefficient,
     load,
     store,
-    use_foreach,
     working_dtype,
 )
 from adamp_torch._foreach import (
@@ -31,6 +32,7 @@ from adamp_torch._foreach import (
     unstack,
 )
 from adamp_torch._layouts import Group, Table
+from adamp_torch._paths import Batch
 from adamp_torch._projection import project
 
 
@@ -124,80 +126,31 @@ class AdamP(ProjectedOptimizer):
         for name in ("eps", "weight_decay", "delta", "wd_ratio"):
             group[name] = check_hyperparameter(name, group[name])
 
-    def _update_group(self, group: Group, rows: list[Rows]) -> None:
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        state_steps: list[Tensor] = []
-        exp_avgs: list[Tensor] = []
-        exp_avg_sqs: list[Tensor] = []
-        self._init_group(group, params, grads, state_steps, exp_avgs, exp_avg_sqs)
+    def _options(self, group: Group) -> dict[str, Any]:
         beta1, beta2 = group["betas"]
-        adamp(
-            params,
-            grads,
-            exp_avgs,
-            exp_avg_sqs,
-            state_steps,
-            rows,
-            foreach=group["foreach"],
-            fused=group["fused"],
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            delta=group["delta"],
-            wd_ratio=group["wd_ratio"],
-            nesterov=group["nesterov"],
-            maximize=group["maximize"],
-            capturable=group["capturable"],
-            differentiable=group["differentiable"],
-        )
+        return {"beta1": beta1, "beta2": beta2} | {name: group[name] for name in _OPTIONS}
+
+    def _step_plain(self, batch: Batch, foreach: bool) -> None:
+        update: Callable[..., None] = _multi_tensor_adamp if foreach else _single_tensor_adamp
+        update(batch.params, batch.grads, *batch.moments, batch.steps, batch.rows, **batch.options)
+
+    def _step_fused(
+        self, kernels: ModuleType, batches: list[Batch], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        kernels.adamp(batches, grad_scale, found_inf)
 
 
-def adamp(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    state_steps: list[Tensor],
-    rows: list[Rows],
-    *,
-    foreach: bool | None,
-    fused: bool | None,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    delta: float,
-    wd_ratio: float,
-    nesterov: bool,
-    maximize: bool,
-    capturable: bool,
-    differentiable: bool,
-) -> None:
-    """Steps `params`, `exp_avgs`, `exp_avg_sqs` and `state_steps` in place; see `AdamP`."""
-    many = use_foreach(params, foreach, fused, differentiable)
-    (_multi_tensor_adamp if many else _single_tensor_adamp)(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        state_steps,
-        rows,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        delta=delta,
-        wd_ratio=wd_ratio,
-        nesterov=nesterov,
-        maximize=maximize,
-        capturable=capturable,
-        differentiable=differentiable,
-    )
+_OPTIONS = (
+    "lr",
+    "eps",
+    "weight_decay",
+    "delta",
+    "wd_ratio",
+    "nesterov",
+    "maximize",
+    "capturable",
+    "differentiable",
+)
 
 
 def _single_tensor_adamp(
@@ -263,7 +216,7 @@ def _multi_tensor_adamp(
     capturable: bool,
     differentiable: bool,
 ) -> None:
-    assert not differentiable, "refused by `use_foreach`"
+    assert not differentiable, "refused by `check_path`"
     if not params:
         return
     torch._foreach_add_(state_steps, 1)

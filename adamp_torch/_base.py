@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -11,13 +12,13 @@ from torch import Tensor
 from torch.optim.optimizer import (
     Optimizer,
     ParamsT,
-    _default_to_fused_or_foreach,
     _get_scalar_dtype,
     _use_grad_for_differentiable,
 )
 
 from adamp_spec import Rows, check_flag, check_hyperparameter, one_minus_power
 from adamp_torch._layouts import Group, Table, assign_to_groups, check_layouts, group_rows, parameter_paths
+from adamp_torch._paths import Batch, check_path, choose_path, fused_kernels
 
 _capture_health_check = (
     getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
@@ -49,8 +50,18 @@ class ProjectedOptimizer(Optimizer):
         """Makes Python floats of the group's hyperparameters, or raises where one lies outside its domain."""
         raise NotImplementedError
 
-    def _update_group(self, group: Group, rows: list[Rows]) -> None:
-        """Steps the parameters of the group that have a gradient; `rows` are theirs."""
+    def _options(self, group: Group) -> dict[str, Any]:
+        """The group's hyperparameters and flags, as keyword arguments of the update."""
+        raise NotImplementedError
+
+    def _step_plain(self, batch: Batch, foreach: bool) -> None:
+        """Steps one group with PyTorch's own operations, tensor by tensor or many at once."""
+        raise NotImplementedError
+
+    def _step_fused(
+        self, kernels: ModuleType, batches: list[Batch], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        """Steps parameters of all groups, all on one device, with kernels of our own for it."""
         raise NotImplementedError
 
     @torch._disable_dynamo
@@ -73,7 +84,7 @@ class ProjectedOptimizer(Optimizer):
     def _check_group(self, group: Group, paths: list[str]) -> None:
         for name in ("nesterov", "capturable", "differentiable", "maximize"):
             check_flag(name, group[name])
-        check_path(group["foreach"], group["fused"], group["differentiable"])
+        check_path(group)
         group["lr"] = _check_lr(group["lr"])
         self._check_hyperparameters(group)
         for path, param in zip(paths, group["params"], strict=True):
@@ -103,16 +114,55 @@ class ProjectedOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         rows = [self._check_gradients(i) for i in range(len(self.param_groups))]
+        fused: dict[torch.device, list[Batch]] = {}
         for group, rows_of_group in zip(self.param_groups, rows, strict=True):
-            self._update_group(group, rows_of_group)
+            batch = self._batch(group, rows_of_group)
+            path = choose_path(batch.params, group)
+            if path == "fused":
+                for device in dict.fromkeys(param.device for param in batch.params):
+                    here = [i for i, param in enumerate(batch.params) if param.device == device]
+                    fused.setdefault(device, []).append(batch.pick(here))
+            else:
+                self._step_plain(batch, path == "foreach")
+        for device, batches in fused.items():
+            self._step_on(device, batches)
         return loss
+
+    def _step_on(self, device: torch.device, batches: list[Batch]) -> None:
+        """Steps what is on one device, but for what its kernels do not know, which is stepped tensor by tensor.
+
+        torch.amp.GradScaler has set `grad_scale` and `found_inf` where it leaves unscaling to the step.
+        """
+        kernels = fused_kernels(device.type)
+        assert kernels is not None, "checked by `choose_path`"
+        scaling = (getattr(self, name, None) for name in ("grad_scale", "found_inf"))
+        grad_scale, found_inf = (x if x is None else x.to(device, non_blocking=True) for x in scaling)
+        if found_inf is not None and device.type == "cpu":
+            if found_inf.item():
+                return
+            found_inf = None
+        known = [[kernels.knows(x) for x in zip(b.params, b.grads, *b.moments, b.rows, strict=True)] for b in batches]
+        pairs = list(zip(batches, known, strict=True))
+        self._step_fused(
+            kernels, [batch.pick([i for i, x in enumerate(k) if x]) for batch, k in pairs], grad_scale, found_inf
+        )
+        for batch, k in pairs:
+            rest = batch.pick([i for i, x in enumerate(k) if not x])
+            if grad_scale is not None:
+                rest = rest._replace(grads=[grad / grad_scale.to(grad.dtype) for grad in rest.grads])
+            self._step_plain(rest, foreach=False)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by torch.amp.GradScaler: whether `step` unscales gradients itself and does nothing at an overflow."""
+        return all(group["fused"] for group in self.param_groups)
 
     def _check_gradients(self, i: int) -> list[Rows]:
         """The rows of the parameters of group `i` that have a gradient, all of them fit to be stepped."""
         group = self.param_groups[i]
         if not torch.compiler.is_compiling():
             self._check_hyperparameters(group)  # a scheduler, or the user, may have changed them
-            check_path(group["foreach"], group["fused"], group["differentiable"])
+            check_path(group)
         for j, param in enumerate(group["params"]):
             grad = param.grad
             if grad is None:
@@ -143,6 +193,11 @@ class ProjectedOptimizer(Optimizer):
 
     def _path(self, i: int, j: int) -> str:
         return parameter_paths(self.param_groups)[i][j]
+
+    def _batch(self, group: Group, rows: list[Rows]) -> Batch:
+        batch = Batch([], [], [[] for _ in self.MOMENTS], [], rows, self._options(group))
+        self._init_group(group, batch.params, batch.grads, batch.steps, *batch.moments)
+        return batch
 
     def _init_group(
         self,
@@ -218,23 +273,6 @@ class ProjectedOptimizer(Optimizer):
 _WANTED = (
     "AdamP and SGDP are defined for float64, float32, bfloat16 and float16 (view a complex tensor as two real ones)"
 )
-
-
-def check_path(foreach: bool | None, fused: bool | None, differentiable: bool) -> None:
-    """Raises RuntimeError where the path that is asked for does not exist, TypeError where a flag is none."""
-    for name, flag in (("foreach", foreach), ("fused", fused)):
-        if flag is not None:
-            check_flag(name, flag)
-    if fused:
-        raise RuntimeError("fused=True is not available yet; pass fused=None or fused=False")
-    if foreach and differentiable:
-        raise RuntimeError("foreach=True does not support differentiable=True; pass foreach=None or foreach=False")
-
-
-def use_foreach(params: list[Tensor], foreach: bool | None, fused: bool | None, differentiable: bool) -> bool:
-    """Whether many tensors are stepped at once: as asked for, else where torch.optim does so by default."""
-    check_path(foreach, fused, differentiable)
-    return _default_to_fused_or_foreach(params, differentiable)[1] if foreach is None else foreach
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,11 +17,11 @@ from adamp_torch._base import (
     coefficient,
     load,
     store,
-    use_foreach,
     working_dtype,
 )
 from adamp_torch._foreach import load_all, parts, pick, stack, stack_rows, store_all, unstack
 from adamp_torch._layouts import Group, Table
+from adamp_torch._paths import Batch
 from adamp_torch._projection import project
 
 
@@ -113,78 +115,33 @@ class SGDP(ProjectedOptimizer):
             group[name] = check_hyperparameter(name, group[name])
         check_nesterov(group["nesterov"], group["momentum"])
 
-    def _update_group(self, group: Group, rows: list[Rows]) -> None:
-        params: list[Tensor] = []
-        grads: list[Tensor] = []
-        state_steps: list[Tensor] = []
-        momenta: list[Tensor] = []
-        self._init_group(group, params, grads, state_steps, momenta)
-        sgdp(
-            params,
-            grads,
-            momenta,
-            state_steps,
-            rows,
-            foreach=group["foreach"],
-            fused=group["fused"],
-            lr=group["lr"],
-            momentum=group["momentum"],
-            dampening=group["dampening"],
-            weight_decay=group["weight_decay"],
-            nesterov=group["nesterov"],
-            eps=group["eps"],
-            delta=group["delta"],
-            wd_ratio=group["wd_ratio"],
-            project_momentum=group["project_momentum"],
-            maximize=group["maximize"],
-            capturable=group["capturable"],
-            differentiable=group["differentiable"],
-        )
+    def _options(self, group: Group) -> dict[str, Any]:
+        return {name: group[name] for name in _OPTIONS}
+
+    def _step_plain(self, batch: Batch, foreach: bool) -> None:
+        update: Callable[..., None] = _multi_tensor_sgdp if foreach else _single_tensor_sgdp
+        update(batch.params, batch.grads, *batch.moments, batch.steps, batch.rows, **batch.options)
+
+    def _step_fused(
+        self, kernels: ModuleType, batches: list[Batch], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
+        kernels.sgdp(batches, grad_scale, found_inf)
 
 
-def sgdp(
-    params: list[Tensor],
-    grads: list[Tensor],
-    momenta: list[Tensor],
-    state_steps: list[Tensor],
-    rows: list[Rows],
-    *,
-    foreach: bool | None,
-    fused: bool | None,
-    lr: float | Tensor,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool,
-    eps: float,
-    delta: float,
-    wd_ratio: float,
-    project_momentum: bool,
-    maximize: bool,
-    capturable: bool,
-    differentiable: bool,
-) -> None:
-    """Steps `params`, `momenta` and `state_steps` in place; see `SGDP`."""
-    many = use_foreach(params, foreach, fused, differentiable)
-    (_multi_tensor_sgdp if many else _single_tensor_sgdp)(
-        params,
-        grads,
-        momenta,
-        state_steps,
-        rows,
-        lr=lr,
-        momentum=momentum,
-        dampening=dampening,
-        weight_decay=weight_decay,
-        nesterov=nesterov,
-        eps=eps,
-        delta=delta,
-        wd_ratio=wd_ratio,
-        project_momentum=project_momentum,
-        maximize=maximize,
-        capturable=capturable,
-        differentiable=differentiable,
-    )
+_OPTIONS = (
+    "lr",
+    "momentum",
+    "dampening",
+    "weight_decay",
+    "nesterov",
+    "eps",
+    "delta",
+    "wd_ratio",
+    "project_momentum",
+    "maximize",
+    "capturable",
+    "differentiable",
+)
 
 
 def _single_tensor_sgdp(
@@ -245,7 +202,7 @@ def _multi_tensor_sgdp(
     capturable: bool,
     differentiable: bool,
 ) -> None:
-    assert not differentiable, "refused by `use_foreach`"
+    assert not differentiable, "refused by `check_path`"
     if not params:
         return
     torch._foreach_add_(state_steps, 1)

@@ -88,7 +88,7 @@ class OptimizerAdapter:
 
 
 class TorchAdapter(OptimizerAdapter):
-    """`adamp_torch.AdamP` and `SGDP`: the loop over single tensors (`eager`) or many tensors at once (`foreach`)."""
+    """`adamp_torch.AdamP` and `SGDP`: tensor by tensor (`eager`), many tensors at once (`foreach`), own kernels (`fused`)."""
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
@@ -97,7 +97,8 @@ class TorchAdapter(OptimizerAdapter):
 
     def _make(self, options: dict[str, Any], layouts: Layouts) -> torch.optim.Optimizer:
         make = adamp_torch.AdamP if self.algorithm == "adamp" else adamp_torch.SGDP
-        return make(self.parameters.values(), **options, layouts=layouts, foreach=self.execution == "foreach")
+        paths = {name: self.execution == name for name in ("foreach", "fused")}
+        return make(self.parameters.values(), **options, **paths, layouts=layouts)
 
 
 def _array(x: torch.Tensor) -> np.ndarray:
