@@ -33,7 +33,7 @@ from adamp_torch._foreach import (
 )
 from adamp_torch._layouts import Group, Table
 from adamp_torch._paths import Batch
-from adamp_torch._projection import project
+from adamp_torch._projection import Directions, Project, project
 
 
 class AdamP(ProjectedOptimizer):
@@ -130,9 +130,14 @@ class AdamP(ProjectedOptimizer):
         beta1, beta2 = group["betas"]
         return {"beta1": beta1, "beta2": beta2} | {name: group[name] for name in _OPTIONS}
 
-    def _step_plain(self, batch: Batch, foreach: bool) -> None:
+    def _directions(self, batch: Batch) -> Directions:
+        (param,), (grad,), (t,), (rows,) = batch.params, batch.grads, batch.steps, batch.rows
+        (exp_avg,), (exp_avg_sq,) = batch.moments
+        return _directions(param, grad, exp_avg, exp_avg_sq, t + 1, rows, **batch.options)[0]
+
+    def _step_plain(self, batch: Batch, foreach: bool, **others: Any) -> None:
         update: Callable[..., None] = _multi_tensor_adamp if foreach else _single_tensor_adamp
-        update(batch.params, batch.grads, *batch.moments, batch.steps, batch.rows, **batch.options)
+        update(batch.params, batch.grads, *batch.moments, batch.steps, batch.rows, **batch.options, **others)
 
     def _step_fused(
         self, kernels: ModuleType, batches: list[Batch], grad_scale: Tensor | None, found_inf: Tensor | None
@@ -172,28 +177,65 @@ def _single_tensor_adamp(
     maximize: bool,
     capturable: bool,
     differentiable: bool,
+    project: Project = project,
 ) -> None:
     for param, grad, exp_avg, exp_avg_sq, t, r in zip(
         params, grads, exp_avgs, exp_avg_sqs, state_steps, rows, strict=True
     ):
-        dtype = working_dtype(param.dtype)
-        p, m, v = (load(x, r, dtype, differentiable) for x in (param, exp_avg, exp_avg_sq))
-        g = load(-grad if maximize else grad, r, dtype)
         t += 1
-        eta = coefficient(lr, dtype)
-        step_size = eta / bias_correction(beta1, t, dtype, capturable)
-        sqrt_bc2 = bias_correction(beta2, t, dtype, capturable) ** 0.5
-
-        m = torch.add(beta1 * m, g, alpha=1 - beta1)  # ADAMP-1
-        v = torch.addcmul(beta2 * v, g, g, value=1 - beta2)  # ADAMP-2
-        n = torch.add(beta1 * m, g, alpha=1 - beta1) if nesterov else m  # ADAMP-3
-        q = n / (v.sqrt() / sqrt_bc2 + eps)  # ADAMP-4
+        (q, p, g), (m, v) = _directions(
+            param,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            t,
+            r,
+            beta1=beta1,
+            beta2=beta2,
+            eps=eps,
+            nesterov=nesterov,
+            maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+        )
+        eta = coefficient(lr, p.dtype)
+        step_size = eta / bias_correction(beta1, t, p.dtype, capturable)
         q, ratio = project(q, p, g, r, delta=delta, wd_ratio=wd_ratio, eps=eps)
         p = _descend(p, q, ratio, eta, step_size, weight_decay)
 
         store(p, param)
         store(m, exp_avg)
         store(v, exp_avg_sq)
+
+
+def _directions(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    t: Tensor,
+    rows: Rows,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    nesterov: bool,
+    maximize: bool,
+    capturable: bool,
+    differentiable: bool,
+    **_: Any,
+) -> tuple[Directions, tuple[Tensor, ...]]:
+    """`q`, `p` and `g` of step `t`, and the new `m` and `v`, of shape `rows.shape` and of the working dtype."""
+    dtype = working_dtype(param.dtype)
+    p, m, v = (load(x, rows, dtype, differentiable) for x in (param, exp_avg, exp_avg_sq))
+    g = load(-grad if maximize else grad, rows, dtype)
+    sqrt_bc2 = bias_correction(beta2, t, dtype, capturable) ** 0.5
+
+    m = torch.add(beta1 * m, g, alpha=1 - beta1)  # ADAMP-1
+    v = torch.addcmul(beta2 * v, g, g, value=1 - beta2)  # ADAMP-2
+    n = torch.add(beta1 * m, g, alpha=1 - beta1) if nesterov else m  # ADAMP-3
+    q = n / (v.sqrt() / sqrt_bc2 + eps)  # ADAMP-4
+    return (q, p, g), (m, v)
 
 
 def _multi_tensor_adamp(

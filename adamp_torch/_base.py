@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -19,6 +20,16 @@ from torch.optim.optimizer import (
 from adamp_spec import Rows, check_flag, check_hyperparameter, one_minus_power
 from adamp_torch._layouts import Group, Table, assign_to_groups, check_layouts, group_rows, parameter_paths
 from adamp_torch._paths import Batch, check_path, choose_path, fused_kernels
+from adamp_torch._projection import Directions
+from adamp_torch._sharding import (
+    FLAT,
+    Shard,
+    check_parameter,
+    check_with_parameter,
+    is_sharded,
+    split,
+    step_shards,
+)
 
 _capture_health_check = (
     getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
@@ -54,8 +65,16 @@ class ProjectedOptimizer(Optimizer):
         """The group's hyperparameters and flags, as keyword arguments of the update."""
         raise NotImplementedError
 
-    def _step_plain(self, batch: Batch, foreach: bool) -> None:
-        """Steps one group with PyTorch's own operations, tensor by tensor or many at once."""
+    def _step_plain(self, batch: Batch, foreach: bool, **others: Any) -> None:
+        """Steps one group with PyTorch's own operations, tensor by tensor or many at once.
+
+        Args:
+          others: `project`, a stand-in for `adamp_torch._projection.project`, tensor by tensor only.
+        """
+        raise NotImplementedError
+
+    def _directions(self, batch: Batch) -> Directions:
+        """`q`, `p` and `g` of the next step of a batch of one, which stays as it is."""
         raise NotImplementedError
 
     def _step_fused(
@@ -80,6 +99,7 @@ class ProjectedOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        self.__dict__.setdefault("_had_shapes", []).append(_has_shapes(param_group))
 
     def _check_group(self, group: Group, paths: list[str]) -> None:
         for name in ("nesterov", "capturable", "differentiable", "maximize"):
@@ -90,6 +110,7 @@ class ProjectedOptimizer(Optimizer):
         for path, param in zip(paths, group["params"], strict=True):
             if param.dtype not in DTYPES:
                 raise TypeError(f"parameter {path!r} has dtype {param.dtype}; {_WANTED}")
+            check_parameter(path, param, group["differentiable"])
         check_layouts(group, paths)
 
     @_use_grad_for_differentiable
@@ -103,7 +124,8 @@ class ProjectedOptimizer(Optimizer):
           The closure's loss, or None.
 
         Raises:
-          RuntimeError: a gradient is sparse.
+          RuntimeError: a gradient is sparse, or is no DTensor where its parameter is one, or the reverse; parameters
+            have been flattened since the optimizer was made.
           TypeError: a gradient is not of a real floating-point dtype.
           ValueError: a gradient or a state tensor has another shape than its parameter.
           Nothing has been updated then.
@@ -115,17 +137,22 @@ class ProjectedOptimizer(Optimizer):
                 loss = closure()
         rows = [self._check_gradients(i) for i in range(len(self.param_groups))]
         fused: dict[torch.device, list[Batch]] = {}
+        shards: list[Shard] = []
         for group, rows_of_group in zip(self.param_groups, rows, strict=True):
             batch = self._batch(group, rows_of_group)
+            if any(map(is_sharded, batch.params)):
+                batch, of_group = split(batch)
+                shards += of_group
             path = choose_path(batch.params, group)
             if path == "fused":
-                for device in dict.fromkeys(param.device for param in batch.params):
-                    here = [i for i, param in enumerate(batch.params) if param.device == device]
-                    fused.setdefault(device, []).append(batch.pick(here))
+                for device, here in batch.by_device().items():
+                    fused.setdefault(device, []).append(here)
             else:
                 self._step_plain(batch, path == "foreach")
         for device, batches in fused.items():
             self._step_on(device, batches)
+        if shards:
+            step_shards(shards, self._directions, partial(self._step_plain, foreach=False))
         return loss
 
     def _step_on(self, device: torch.device, batches: list[Batch]) -> None:
@@ -143,19 +170,19 @@ class ProjectedOptimizer(Optimizer):
             found_inf = None
         known = [[kernels.knows(x) for x in zip(b.params, b.grads, *b.moments, b.rows, strict=True)] for b in batches]
         pairs = list(zip(batches, known, strict=True))
-        self._step_fused(
-            kernels, [batch.pick([i for i, x in enumerate(k) if x]) for batch, k in pairs], grad_scale, found_inf
-        )
+        fit = [batch if all(k) else batch.pick([i for i, x in enumerate(k) if x]) for batch, k in pairs]
+        self._step_fused(kernels, fit, grad_scale, found_inf)
         for batch, k in pairs:
-            rest = batch.pick([i for i, x in enumerate(k) if not x])
-            if grad_scale is not None:
-                rest = rest._replace(grads=[grad / grad_scale.to(grad.dtype) for grad in rest.grads])
-            self._step_plain(rest, foreach=False)
+            if not all(k):
+                rest = batch.pick([i for i, x in enumerate(k) if not x])
+                if grad_scale is not None:
+                    rest = rest._replace(grads=[g.to(working_dtype(g.dtype)) / grad_scale for g in rest.grads])
+                self._step_plain(rest, foreach=False)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Asked by torch.amp.GradScaler: whether `step` unscales gradients itself and does nothing at an overflow."""
-        return all(group["fused"] for group in self.param_groups)
+        return all(group["fused"] and not any(map(is_sharded, group["params"])) for group in self.param_groups)
 
     def _check_gradients(self, i: int) -> list[Rows]:
         """The rows of the parameters of group `i` that have a gradient, all of them fit to be stepped."""
@@ -163,6 +190,11 @@ class ProjectedOptimizer(Optimizer):
         if not torch.compiler.is_compiling():
             self._check_hyperparameters(group)  # a scheduler, or the user, may have changed them
             check_path(group)
+            if self._had_shapes[i] and not _has_shapes(group):
+                raise RuntimeError(
+                    f"the parameters of group {i} have been flattened since the optimizer was made, as by DeepSpeed "
+                    f"ZeRO, {FLAT}"
+                )
         for j, param in enumerate(group["params"]):
             grad = param.grad
             if grad is None:
@@ -184,6 +216,12 @@ class ProjectedOptimizer(Optimizer):
             if torch.compiler.is_compiling():
                 continue  # tracing may run twice, before and after `_init_group` has made the state
             state = self.state.get(param)
+            if not state:
+                check_parameter(self._path(i, j), param, group["differentiable"])
+            if is_sharded(param) or is_sharded(grad):
+                check_with_parameter(
+                    self._path(i, j), param, "the gradient", grad, "compute it with the sharded model", anywhere=True
+                )
             if state and state[self.MOMENTS[0]].shape != param.shape:
                 raise ValueError(
                     f"the state of parameter {self._path(i, j)!r} has shape {tuple(state[self.MOMENTS[0]].shape)}, "
@@ -248,6 +286,8 @@ class ProjectedOptimizer(Optimizer):
                     self._check_entry(entry, path, param)
                     entry["step"] = _step_tensor(entry["step"], param, group)
         super().__setstate__(state)
+        if "_had_shapes" not in self.__dict__:  # after unpickling
+            self._had_shapes = [_has_shapes(group) for group in groups]
 
     def _check_entry(self, entry: dict[str, Any], path: str, param: Tensor) -> None:
         if set(entry) != {"step", *self.MOMENTS}:
@@ -263,6 +303,7 @@ class ProjectedOptimizer(Optimizer):
             moment = entry[name]
             if not isinstance(moment, Tensor) or moment.dtype not in DTYPES or moment.layout is not torch.strided:
                 raise ValueError(f"state {name!r} of parameter {path!r} is no dense floating-point tensor: {moment!r}")
+            check_with_parameter(path, param, f"state {name!r}", moment, _LOAD_SHARDED)
             if moment.shape != param.shape:
                 raise ValueError(
                     f"state {name!r} of parameter {path!r} has shape {tuple(moment.shape)}, the parameter "
@@ -270,6 +311,11 @@ class ProjectedOptimizer(Optimizer):
                 )
 
 
+def _has_shapes(group: Group) -> bool:
+    return any(param.ndim > 1 for param in group["params"])
+
+
+_LOAD_SHARDED = "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
 _WANTED = (
     "AdamP and SGDP are defined for float64, float32, bfloat16 and float16 (view a complex tensor as two real ones)"
 )

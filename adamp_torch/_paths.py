@@ -41,6 +41,14 @@ class Batch(NamedTuple):
         moments = [[x[i] for i in indices] for x in self.moments]
         return Batch(params, grads, moments, steps, [self.rows[i] for i in indices], self.options)
 
+    def by_device(self) -> dict[torch.device, Batch]:
+        """The same for the parameters on each device."""
+        devices = [param.device for param in self.params]
+        distinct = dict.fromkeys(devices)
+        if len(distinct) == 1:
+            return dict.fromkeys(distinct, self)
+        return {here: self.pick([i for i, device in enumerate(devices) if device == here]) for here in distinct}
+
 
 Path = Literal["single", "foreach", "fused"]
 _KERNELS = {"cpu": ("adamp_torch._fused_cpu", "numba"), "cuda": ("adamp_torch._fused_cuda", "triton")}

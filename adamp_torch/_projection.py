@@ -8,12 +8,16 @@ with a further batch axis, is decided and projected by the same operations.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adamp_spec import Rows
+
+Directions = tuple[Tensor, Tensor, Tensor]  # `q`, `p` and `g`, which `project` is about
+Project = Callable[..., tuple[Tensor, Tensor | float]]  # `project`, or what stands in for it
 
 
 def project(
@@ -36,11 +40,9 @@ def project(
     """
     if not rows.projects:
         return q, 1.0
-    projected, norm, dot = decide(row_sums(q, p, g, rows), rows, delta=delta, eps=eps)
-    # PROJ-5, PROJ-6: divided apart, as dot / norm**2 can overflow; selected, as 0 * p would let NaN and inf through
-    q = torch.where(projected, q - (dot / norm) * (p / norm), q)
-    ratio = torch.ones_like(projected, dtype=q.dtype).masked_fill(projected, wd_ratio)  # PROJ-7
-    return q, ratio
+    sums = row_sums(q, p, g, rows)
+    decision = decide(sums, tally(sums, rows, delta=delta, eps=eps), rows, delta=delta, eps=eps)
+    return subtract(q, p, decision, wd_ratio)
 
 
 class Sums(NamedTuple):
@@ -66,25 +68,50 @@ class Decision(NamedTuple):
     dot: Tensor
 
 
+class Tally(NamedTuple):
+    """What a slice is decided by, of shape `rows.slices`: the sums over all rows, and how many rows fail the test."""
+
+    pp: Tensor
+    gg: Tensor
+    gp: Tensor
+    pq: Tensor
+    failures: Tensor
+
+
 def row_sums(q: Tensor, p: Tensor, g: Tensor, rows: Rows) -> Sums:
-    """The sums that `decide` needs, of tensors of shape `rows.shape`."""
+    """The sums that all else follows from, of tensors of shape `rows.shape`."""
     return Sums(*(_sum(x * y, rows.row) for x, y in ((p, p), (g, g), (g, p), (p, q))))
 
 
-def decide(sums: Sums, rows: Rows, *, delta: float, eps: float) -> Decision:
+def tally(sums: Sums, rows: Rows, *, delta: float, eps: float) -> Tally:
+    """Tests each row and adds up the rows of each slice."""
+    failed = ~(_cosine(sums, eps) < _threshold(rows, rows.row, delta))  # PROJ-2: NaN is not below
+    return Tally(*(_sum(x, rows.channel) for x in (*sums, failed.to(sums.pp.dtype))))
+
+
+def decide(sums: Sums, tally: Tally, rows: Rows, *, delta: float, eps: float) -> Decision:
     """Chooses the view that each slice is projected in (PROJ-1 to PROJ-4). `norm` and `dot` mean nothing elsewhere."""
-    layer_sums = Sums(*(_sum(x, rows.channel) for x in sums))
-
-    def orthogonal(sums: Sums) -> Tensor:
-        cosine = sums.gp.abs() / sums.gg.sqrt().clamp(min=eps) / sums.pp.sqrt().clamp(min=eps)  # PROJ-1
-        threshold = delta / math.sqrt(math.prod(rows.shape) // sums.pp.numel())
-        return (cosine < threshold).all(dim=rows.channel, keepdim=True)  # PROJ-2; NaN is not below
-
-    channel = orthogonal(sums)  # PROJ-2
-    layer = orthogonal(layer_sums)  # PROJ-3
-    norm = torch.where(channel, sums.pp, layer_sums.pp).sqrt() + eps  # PROJ-4
-    dot = torch.where(channel, sums.pq, layer_sums.pq)
+    channel = tally.failures == 0  # PROJ-2
+    layer = _cosine(tally, eps) < _threshold(rows, rows.channel + rows.row, delta)  # PROJ-3
+    norm = torch.where(channel, sums.pp, tally.pp).sqrt() + eps  # PROJ-4
+    dot = torch.where(channel, sums.pq, tally.pq)
     return Decision(channel | layer, norm, dot)
+
+
+def subtract(q: Tensor, p: Tensor, decision: Decision, wd_ratio: float) -> tuple[Tensor, Tensor]:
+    """Takes the radial part out of `q` where that was decided; returns it and the decay multiplier of each slice."""
+    projected, norm, dot = decision
+    # PROJ-5, PROJ-6: divided apart, as dot / norm**2 can overflow; selected, as 0 * p would let NaN and inf through
+    q = torch.where(projected, q - (dot / norm) * (p / norm), q)
+    return q, torch.ones_like(projected, dtype=q.dtype).masked_fill(projected, wd_ratio)  # PROJ-7
+
+
+def _cosine(sums: Sums | Tally, eps: float) -> Tensor:
+    return sums.gp.abs() / sums.gg.sqrt().clamp(min=eps) / sums.pp.sqrt().clamp(min=eps)  # PROJ-1
+
+
+def _threshold(rows: Rows, axes: tuple[int, ...], delta: float) -> float:
+    return delta / math.sqrt(math.prod([rows.shape[axis] for axis in axes]))
 
 
 def _sum(x: Tensor, axes: tuple[int, ...]) -> Tensor:

@@ -22,7 +22,7 @@ from adamp_torch._base import (
 from adamp_torch._foreach import load_all, parts, pick, stack, stack_rows, store_all, unstack
 from adamp_torch._layouts import Group, Table
 from adamp_torch._paths import Batch
-from adamp_torch._projection import project
+from adamp_torch._projection import Directions, Project, project
 
 
 class SGDP(ProjectedOptimizer):
@@ -118,9 +118,13 @@ class SGDP(ProjectedOptimizer):
     def _options(self, group: Group) -> dict[str, Any]:
         return {name: group[name] for name in _OPTIONS}
 
-    def _step_plain(self, batch: Batch, foreach: bool) -> None:
+    def _directions(self, batch: Batch) -> Directions:
+        (param,), (grad,), (rows,), ((buffer,),) = batch.params, batch.grads, batch.rows, batch.moments
+        return _directions(param, grad, buffer, rows, **batch.options)[0]
+
+    def _step_plain(self, batch: Batch, foreach: bool, **others: Any) -> None:
         update: Callable[..., None] = _multi_tensor_sgdp if foreach else _single_tensor_sgdp
-        update(batch.params, batch.grads, *batch.moments, batch.steps, batch.rows, **batch.options)
+        update(batch.params, batch.grads, *batch.moments, batch.steps, batch.rows, **batch.options, **others)
 
     def _step_fused(
         self, kernels: ModuleType, batches: list[Batch], grad_scale: Tensor | None, found_inf: Tensor | None
@@ -163,16 +167,22 @@ def _single_tensor_sgdp(
     maximize: bool,
     capturable: bool,
     differentiable: bool,
+    project: Project = project,
 ) -> None:
     for param, grad, buffer, t, r in zip(params, grads, momenta, state_steps, rows, strict=True):
-        dtype = working_dtype(param.dtype)
-        p, m = (load(x, r, dtype, differentiable) for x in (param, buffer))
-        g = load(-grad if maximize else grad, r, dtype)
         t += 1
-        eta = coefficient(lr, dtype)
-
-        m = torch.add(momentum * m, g, alpha=1 - dampening)  # SGDP-1
-        q = g + momentum * m if nesterov else m  # SGDP-2
+        (q, p, g), (m,) = _directions(
+            param,
+            grad,
+            buffer,
+            r,
+            momentum=momentum,
+            dampening=dampening,
+            nesterov=nesterov,
+            maximize=maximize,
+            differentiable=differentiable,
+        )
+        eta = coefficient(lr, p.dtype)
         q, ratio = project(q, p, g, r, delta=delta, wd_ratio=wd_ratio, eps=eps)
         if project_momentum and not nesterov:
             m = q  # SGDP-3
@@ -180,6 +190,29 @@ def _single_tensor_sgdp(
 
         store(p, param)
         store(m, buffer)
+
+
+def _directions(
+    param: Tensor,
+    grad: Tensor,
+    buffer: Tensor,
+    rows: Rows,
+    *,
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    maximize: bool,
+    differentiable: bool,
+    **_: Any,
+) -> tuple[Directions, tuple[Tensor, ...]]:
+    """`q`, `p` and `g` of a step, and the new `m`, of shape `rows.shape` and of the working dtype."""
+    dtype = working_dtype(param.dtype)
+    p, m = (load(x, rows, dtype, differentiable) for x in (param, buffer))
+    g = load(-grad if maximize else grad, rows, dtype)
+
+    m = torch.add(momentum * m, g, alpha=1 - dampening)  # SGDP-1
+    q = g + momentum * m if nesterov else m  # SGDP-2
+    return (q, p, g), (m,)
 
 
 def _multi_tensor_sgdp(

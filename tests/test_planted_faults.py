@@ -44,8 +44,8 @@ FAULTS = {
         {
             "torch": (
                 "_projection.py",
-                "(cosine < threshold).all(dim=rows.channel, keepdim=True)",
-                "cosine.mean(dim=rows.channel, keepdim=True) < threshold",
+                "~(_cosine(sums, eps) <",
+                "~(_cosine(sums, eps).mean(dim=rows.channel, keepdim=True) <",
             ),
             "keras": (
                 "_projection.py",

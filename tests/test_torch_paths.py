@@ -1,20 +1,18 @@
-"""The two ways through adamp_torch, tensor by tensor and many at once: one numerics, judged by the oracle."""
+"""The ways through adamp_torch, tensor by tensor, many at once and own kernels: one numerics, judged by the oracle."""
 
 import copy
 import inspect
 import itertools
-import weakref
-from collections import Counter
 from dataclasses import asdict
 from importlib import import_module
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import adamp_torch._adamp
 import adamp_torch._foreach
+import adamp_torch._paths
 import adamp_torch._projection
 import adamp_torch._sgdp
 from adamp_conformance.adapter import DTYPES, MOMENTS, Parameter, State
@@ -22,12 +20,16 @@ from adamp_conformance.adapters.torch import TorchAdapter
 from adamp_conformance.judge import judge_step
 from adamp_spec import AdamPHyper, Branch, Layout, Rows, SGDPHyper
 from adamp_torch import SGDP, AdamP
+from adamp_torch._paths import fused_kernels
 
 CLASSES = {"adamp": AdamP, "sgdp": SGDP}
-EXECUTIONS = ("eager", "foreach")
+EXECUTIONS = ("eager", "foreach", "fused")
+LOOP = {"foreach": False, "fused": False}
+OTHERS = {"foreach": {"foreach": True}, "fused": {"fused": True}}
 
 both = pytest.mark.parametrize("algorithm", CLASSES)
 each = pytest.mark.parametrize("execution", EXECUTIONS)
+other = pytest.mark.parametrize("path", OTHERS)
 
 SHAPES = [  # shape, layout
     ((4, 8), Layout(0)),
@@ -132,11 +134,12 @@ def test_the_settings_reach_every_branch_in_one_stack(algorithm):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
+@other
 @both
-def test_what_is_not_finite_stays_in_its_tensor(algorithm, bad):
+def test_what_is_not_finite_stays_in_its_tensor(algorithm, path, bad):
     rng = np.random.default_rng(1)
     hyper = random_hyper(algorithm, rng) | {"delta": 1.0, "nesterov": False}
-    assert_conforms(run_judged(algorithm, random_tensors(rng, ["float32"]), hyper, rng, "foreach", 1, **{"0.1": bad}))
+    assert_conforms(run_judged(algorithm, random_tensors(rng, ["float32"]), hyper, rng, path, 1, **{"0.1": bad}))
 
 
 @pytest.mark.parametrize("size", [1, 40, 100])
@@ -215,11 +218,12 @@ def assert_close(a, b):
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2), torch.tensor([1e-2], dtype=torch.float64)], ids=str)
 @pytest.mark.parametrize("maximize", [False, True])
+@other
 @both
-def test_foreach_follows_the_loop(algorithm, maximize, lr, capturable):
+def test_other_paths_follow_the_loop(algorithm, path, maximize, lr, capturable):
     loop, many = (
-        make(algorithm, parameters(), lr=lr, maximize=maximize, capturable=capturable, foreach=foreach)
-        for foreach in (False, True)
+        make(algorithm, parameters(), lr=lr, maximize=maximize, capturable=capturable, **options)
+        for options in (LOOP, OTHERS[path])
     )
     for t, only in enumerate([None, (0, 2, 3), None, (), None]):
         step(loop, t, only)
@@ -228,19 +232,20 @@ def test_foreach_follows_the_loop(algorithm, maximize, lr, capturable):
     assert [int(many.state[p]["step"]) for p in many.param_groups[0]["params"]] == [4, 3, 4, 4, 3, 3, 3]
 
 
+@other
 @both
-def test_groups_have_options_of_their_own(algorithm):
+def test_groups_have_options_of_their_own(algorithm, path):
     def groups():
         a, b, c = (parameters(seed) for seed in range(3))
         return [
             {"params": a, "lr": 1e-3, "delta": 0.5},
             {"params": b, "weight_decay": 0.3, "maximize": True, "layouts": {b[0]: Layout(1), b[1]: Layout(None)}},
-            {"params": c, "nesterov": True, "foreach": False},
+            {"params": c, "nesterov": True, **LOOP},
             {"params": []},
         ]
 
-    loop, many = make(algorithm, groups(), foreach=False), make(algorithm, groups(), foreach=True)
-    assert [group["foreach"] for group in many.param_groups] == [True, True, False, True]
+    loop, many = make(algorithm, groups(), **LOOP), make(algorithm, groups(), **OTHERS[path])
+    assert [group[path] for group in many.param_groups] == [True, True, False, True]
     for t in range(3):
         step(loop, t)
         step(many, t)
@@ -257,13 +262,14 @@ STRIDES = {
 
 @pytest.mark.parametrize("layout", [Layout(0), Layout(1, batch=0, view=(2, 3, 4, 5))], ids=str)
 @pytest.mark.parametrize(("of_p", "of_g"), [*itertools.product(list(STRIDES)[:3], STRIDES)])
+@other
 @both
-def test_strides_change_nothing_but_are_kept(algorithm, of_p, of_g, layout):
+def test_strides_change_nothing_but_are_kept(algorithm, path, of_p, of_g, layout):
     start = parameters(shapes=[(6, 4, 5, 1)] * 3)
     optimizers = []
-    for foreach in (False, True):
+    for options in (LOOP, OTHERS[path]):
         params = [torch.nn.Parameter(STRIDES[of_p](x.detach().clone())) for x in start]
-        optimizer = make(algorithm, params, foreach=foreach, layouts=dict.fromkeys(params, layout))
+        optimizer = make(algorithm, params, **options, layouts=dict.fromkeys(params, layout))
         for t in range(3):
             give_gradients(optimizer, t)
             for p in params:
@@ -276,52 +282,60 @@ def test_strides_change_nothing_but_are_kept(algorithm, of_p, of_g, layout):
 
 
 @pytest.mark.parametrize("capturable", [False, True])
+@other
 @both
-def test_a_state_goes_on_in_the_other_path(algorithm, capturable):
-    reference = make(algorithm, parameters(), foreach=False, capturable=capturable)
-    here = make(algorithm, parameters(), foreach=True, capturable=capturable)
+def test_a_state_goes_on_in_another_path(algorithm, path, capturable):
+    reference = make(algorithm, parameters(), **LOOP, capturable=capturable)
+    here = make(algorithm, parameters(), **OTHERS[path], capturable=capturable)
     for t in range(6):
         step(reference, t)
         step(here, t)
-        there = make(algorithm, copy.deepcopy(here.param_groups[0]["params"]), foreach=t % 2 == 1)
+        options = OTHERS[path] if t % 2 else LOOP
+        there = make(algorithm, copy.deepcopy(here.param_groups[0]["params"]), **options)
         there.load_state_dict(copy.deepcopy(here.state_dict()))
-        assert there.param_groups[0]["foreach"] is (t % 2 == 1)
+        assert there.param_groups[0][path] is options[path]
         here = there
     assert_close(reference, here)
 
 
 @both
-def test_the_default_is_that_of_torch(algorithm, monkeypatch):
+def test_the_path_is_the_one_asked_for_or_the_fastest(algorithm, monkeypatch):
     module = getattr(adamp_torch, f"_{algorithm}")
     taken = []
     for path in ("single", "multi"):
         monkeypatch.setattr(module, f"_{path}_tensor_{algorithm}", lambda *_, path=path, **__: taken.append(path))
+    monkeypatch.setattr(fused_kernels("cpu"), algorithm, lambda *_: taken.append("fused"))
 
     def path(params=None, **options):
         optimizer = make(algorithm, params or parameters(), **options)
         step(optimizer, 0)
-        return taken.pop()
-
-    assert path() == "single"
-    assert path(foreach=True) == "multi"
-    monkeypatch.setattr(
-        import_module("torch.optim.optimizer"), "_get_foreach_kernels_supported_devices", lambda: ["cpu"]
-    )
-    assert path() == "multi"
-    assert path(foreach=False) == "single"
-    assert path(differentiable=True) == "single"
+        (last,) = taken
+        taken.clear()
+        return last
 
     class Own(torch.Tensor):
         pass
 
-    assert path([torch.zeros(3, 2).as_subclass(Own)]) == "single"
+    own = [torch.zeros(3, 2).as_subclass(Own)]
+    assert path() == path(fused=True) == path(fused=True, foreach=False) == "fused"
+    assert path(foreach=True) == path(foreach=True, fused=False) == "multi"
+    assert path(foreach=False) == path(fused=False) == path(differentiable=True) == path(own) == "single"
+    monkeypatch.setattr(adamp_torch._paths, "fused_kernels", lambda device_type: None)
+    assert path() == path(own) == "single"
+    monkeypatch.setattr(
+        import_module("torch.optim.optimizer"), "_get_foreach_kernels_supported_devices", lambda: ["cpu"]
+    )
+    assert path() == "multi"
+    assert path(own) == path(differentiable=True) == "single"
 
 
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
         ({"foreach": True, "differentiable": True}, RuntimeError, "foreach=None"),
-        ({"fused": True}, RuntimeError, "fused=None"),
+        ({"fused": True, "differentiable": True}, RuntimeError, "fused=None"),
+        ({"fused": True, "foreach": True}, RuntimeError, "exclude each other"),
+        ({"fused": 1}, TypeError, "fused"),
         ({"foreach": 1}, TypeError, "foreach"),
     ],
     ids=str,
@@ -340,121 +354,6 @@ def test_paths_that_do_not_exist_are_refused(algorithm, options, error, words):
     assert all(map(torch.equal, optimizer.param_groups[0]["params"], before))
 
 
-# --- what it costs ---------------------------------------------------------------------------------------------------
-
-READS = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select"}
-
-
-class Operations(TorchDispatchMode):
-    """Counts what would be kernels, reads of values, and the memory of intermediate tensors."""
-
-    def __init__(self):
-        super().__init__()
-        self.kernels = Counter()
-        self.read = []
-        self.live, self.bytes, self.peak = Counter(), 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._overloadpacket.__name__
-        held = {x.untyped_storage()._cdata for x in _tensors((args, kwargs or {}))} - self.live.keys()
-        result = func(*args, **(kwargs or {}))
-        if name in READS:
-            self.read.append(args[0])
-        elif not func.is_view and not name.startswith("empty"):
-            self.kernels[name] += 1
-        for x in _tensors(result):
-            if x.untyped_storage()._cdata not in held:
-                self._watch(x)
-        return result
-
-    def _watch(self, x):
-        storage, size = x.untyped_storage()._cdata, x.untyped_storage().nbytes()
-        self.bytes += size if not self.live[storage] else 0
-        self.live[storage] += 1
-        self.peak = max(self.peak, self.bytes)
-        weakref.finalize(x, self._forget, storage, size)
-
-    def _forget(self, storage, size):
-        self.live[storage] -= 1
-        if not self.live[storage]:
-            del self.live[storage]
-            self.bytes -= size
-
-
-def _tensors(x):
-    if isinstance(x, torch.Tensor):
-        yield x
-    elif isinstance(x, dict):
-        yield from _tensors(tuple(x.values()))
-    elif isinstance(x, list | tuple):
-        for y in x:
-            yield from _tensors(y)
-
-
-def operations(optimizer):
-    step(optimizer, 0)
-    give_gradients(optimizer, 1)
-    with Operations() as seen:
-        optimizer.step()
-    return seen
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("capturable", [False, True])
-@both
-def test_launches_do_not_grow_with_the_number_of_tensors(algorithm, capturable, dtype):
-    def kernels(n, foreach):
-        params = [torch.nn.Parameter(torch.randn(s).to(dtype)) for s in [(4, 6), (7,), (2, 3, 3, 3)] for _ in range(n)]
-        return operations(make(algorithm, params, foreach=foreach, capturable=capturable)).kernels.total()
-
-    assert kernels(10, True) == kernels(40, True)
-    assert kernels(10, False) > 2 * kernels(10, True)
-    assert kernels(40, False) > 3 * kernels(10, False)
-
-
-@pytest.mark.parametrize("lr", [1e-2, torch.tensor(1e-2)], ids=str)
-@pytest.mark.parametrize("capturable", [False, True])
-@both
-def test_nothing_on_the_device_is_read_on_the_host(algorithm, capturable, lr):
-    optimizer = make(algorithm, parameters(), foreach=True, capturable=capturable, lr=lr)
-    seen = operations(optimizer)
-    counters = {id(optimizer.state[p]["step"]) for p in optimizer.param_groups[0]["params"]}
-    assert {id(x) for x in seen.read} <= (set() if capturable else counters)
-
-    params = [torch.nn.Parameter(torch.empty(s, device="meta")) for s in [(4, 6), (4, 6), (5,)]]
-    optimizer = make(algorithm, params, foreach=True, capturable=capturable, layouts={params[0]: Layout(1)})
-    for p in params:
-        p.grad = torch.empty_like(p)
-    optimizer.step()  # tensors on the meta device have no values to read
-
-
-@both
-def test_a_host_read_is_noticed(algorithm, monkeypatch):
-    decide = adamp_torch._projection.decide
-
-    def with_a_branch(*args, **options):
-        decision = decide(*args, **options)
-        bool(decision.projected.any())
-        return decision
-
-    monkeypatch.setattr(adamp_torch._projection, "decide", with_a_branch)
-    assert operations(make(algorithm, parameters(), foreach=True, capturable=True)).read
-
-
-@pytest.mark.parametrize("nesterov", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@both
-def test_intermediate_tensors_are_bounded(algorithm, dtype, nesterov, monkeypatch):
-    size = 64 * 64
-    monkeypatch.setattr(adamp_torch._foreach, "PART", 4 * size)
-    peaks = []
-    for n in (4, 16):
-        params = [torch.nn.Parameter(torch.randn(64, 64).to(dtype)) for _ in range(n)]
-        peaks.append(operations(make(algorithm, params, foreach=True, nesterov=nesterov)).peak / (4 * size * 4))
-    assert max(peaks) <= 8.1, "numbers of the working type for each element of a part, and some for each row"
-    assert peaks[1] <= peaks[0] + 0.1, "whatever the size of the model"
-
-
 # --- compiled --------------------------------------------------------------------------------------------------------
 
 
@@ -463,7 +362,7 @@ def test_intermediate_tensors_are_bounded(algorithm, dtype, nesterov, monkeypatc
 @both
 def test_the_update_compiles_to_one_graph(algorithm, execution, capturable):
     torch._dynamo.reset()
-    options = {"foreach": execution == "foreach", "capturable": capturable}
+    options = {name: execution == name for name in ("foreach", "fused")} | {"capturable": capturable}
     # None without axes: AOTAutograd of torch 2.13 loses what is written to such a tensor, torch.optim.AdamW's too.
     shapes = [(4, 6), (4, 6), (3, 2, 3, 3), (5,), (5,), (1,), (0, 2)]
     plain, compiled = (make(algorithm, parameters(shapes=shapes), **options) for _ in range(2))

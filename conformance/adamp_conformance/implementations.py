@@ -72,6 +72,7 @@ def _peer(backend: str, adapter: str, module: str, execution: str = "eager") -> 
 IMPLEMENTATIONS = (
     ORACLE,
     *_ours("torch", "TorchAdapter", ("torch",), "torch", "eager", "foreach"),
+    *_ours("torch", "TorchAdapter", ("torch", "numba"), "torch", "fused"),
     *_ours("keras", "KerasAdapter", ("keras", "tensorflow"), "tf", "eager", "graph", "xla"),
     *_ours("optax", "OptaxAdapter", ("jax", "optax"), "jax", "eager", "jit"),
     _peer("adamp", "AdampAdapter", "adamp"),
