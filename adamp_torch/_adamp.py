@@ -55,6 +55,11 @@ class AdamP(ProjectedOptimizer):
     State per parameter: `step` (scalar tensor, on the CPU unless `capturable`), `exp_avg` and `exp_avg_sq`
     (shape, strides and dtype of the parameter). float16 and bfloat16 parameters are computed in float32.
 
+    Parameters may be DTensors, as `torch.distributed.fsdp.fully_shard` and tensor parallelism make them; moments are
+    placed likewise. Processes exchange sums to decide, in one all-reduce for each dimension of a mesh that rows, or the
+    rows of a tensor, are spread over, or two where both occur. Tensors that take part in it are stepped one by one,
+    whatever `foreach` and `fused` say, which are for the others.
+
     Args:
       params: parameters, named parameters, or dicts of parameter groups; each group may set any option.
         Tensors of dtype float64, float32, bfloat16 or float16, of any strides.
@@ -79,7 +84,9 @@ class AdamP(ProjectedOptimizer):
     Raises:
       ValueError: a hyperparameter outside its domain; a layout that fits no parameter, or not its own.
       TypeError: a hyperparameter of another type; a parameter of another dtype.
-      RuntimeError: `fused` is True, or `foreach` and `differentiable` are.
+      RuntimeError: `fused` is True, or `foreach` and `differentiable` are; a parameter has been flattened, as by
+        FullyShardedDataParallel (FSDP1) or DeepSpeed ZeRO; a DTensor has Partial placements, or is to be
+        differentiated through.
     """
 
     MOMENTS = ("exp_avg", "exp_avg_sq")

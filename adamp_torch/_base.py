@@ -24,8 +24,9 @@ from adamp_torch._projection import Directions
 from adamp_torch._sharding import (
     FLAT,
     Shard,
+    check_gradient,
+    check_moment,
     check_parameter,
-    check_with_parameter,
     is_sharded,
     split,
     step_shards,
@@ -99,7 +100,7 @@ class ProjectedOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        self.__dict__.setdefault("_had_shapes", []).append(_has_shapes(param_group))
+        self.__dict__.setdefault("_had_matrices", []).append(_has_matrices(param_group))
 
     def _check_group(self, group: Group, paths: list[str]) -> None:
         for name in ("nesterov", "capturable", "differentiable", "maximize"):
@@ -190,7 +191,7 @@ class ProjectedOptimizer(Optimizer):
         if not torch.compiler.is_compiling():
             self._check_hyperparameters(group)  # a scheduler, or the user, may have changed them
             check_path(group)
-            if self._had_shapes[i] and not _has_shapes(group):
+            if self._had_matrices[i] and not _has_matrices(group):
                 raise RuntimeError(
                     f"the parameters of group {i} have been flattened since the optimizer was made, as by DeepSpeed "
                     f"ZeRO, {FLAT}"
@@ -219,9 +220,7 @@ class ProjectedOptimizer(Optimizer):
             if not state:
                 check_parameter(self._path(i, j), param, group["differentiable"])
             if is_sharded(param) or is_sharded(grad):
-                check_with_parameter(
-                    self._path(i, j), param, "the gradient", grad, "compute it with the sharded model", anywhere=True
-                )
+                check_gradient(self._path(i, j), param, grad)
             if state and state[self.MOMENTS[0]].shape != param.shape:
                 raise ValueError(
                     f"the state of parameter {self._path(i, j)!r} has shape {tuple(state[self.MOMENTS[0]].shape)}, "
@@ -286,8 +285,8 @@ class ProjectedOptimizer(Optimizer):
                     self._check_entry(entry, path, param)
                     entry["step"] = _step_tensor(entry["step"], param, group)
         super().__setstate__(state)
-        if "_had_shapes" not in self.__dict__:  # after unpickling
-            self._had_shapes = [_has_shapes(group) for group in groups]
+        if "_had_matrices" not in self.__dict__:  # after unpickling
+            self._had_matrices = [_has_matrices(group) for group in groups]
 
     def _check_entry(self, entry: dict[str, Any], path: str, param: Tensor) -> None:
         if set(entry) != {"step", *self.MOMENTS}:
@@ -303,7 +302,7 @@ class ProjectedOptimizer(Optimizer):
             moment = entry[name]
             if not isinstance(moment, Tensor) or moment.dtype not in DTYPES or moment.layout is not torch.strided:
                 raise ValueError(f"state {name!r} of parameter {path!r} is no dense floating-point tensor: {moment!r}")
-            check_with_parameter(path, param, f"state {name!r}", moment, _LOAD_SHARDED)
+            check_moment(path, param, name, moment)
             if moment.shape != param.shape:
                 raise ValueError(
                     f"state {name!r} of parameter {path!r} has shape {tuple(moment.shape)}, the parameter "
@@ -311,11 +310,10 @@ class ProjectedOptimizer(Optimizer):
                 )
 
 
-def _has_shapes(group: Group) -> bool:
+def _has_matrices(group: Group) -> bool:
     return any(param.ndim > 1 for param in group["params"])
 
 
-_LOAD_SHARDED = "load it with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
 _WANTED = (
     "AdamP and SGDP are defined for float64, float32, bfloat16 and float16 (view a complex tensor as two real ones)"
 )

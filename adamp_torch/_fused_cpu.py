@@ -3,7 +3,7 @@
 Slices whose rows lie one after another in memory are cut into tiles. A first pass over `p` and `g` adds up what the
 decisions need, a second reads and writes everything once. A slice of a single tile is done in one go, while it is
 in the cache. A third pass is for slices that are projected as a layer, or in rows longer than a tile: there `<p, q>`
-spans tiles. Sums are formed in double, in an order that the number of threads does not change.
+spans tiles. Sums are formed in an order that the number of threads does not change.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
+from threading import Event, Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,9 +28,10 @@ from adamp_spec import Rows, one_minus_power
 from adamp_torch._paths import Batch
 
 TILE = 1 << 15  # elements; what a tile holds of all tensors fits into a second-level cache
-SHARE = 1 << 16  # elements that are worth waking a thread for
-BLOCK = 1 << 10  # elements that are added up in the order that the compiler likes best
-ROWS = 1 << 8  # sums of rows, likewise
+SHARE = 1 << 17  # elements that a thread takes at once
+WAVE = 1 << 18  # elements per thread between a first and a second look at them
+BLOCK = 1 << 9  # elements that are added up in the working dtype, in the order that the compiler likes best
+ROWS = 1 << 8  # sums of rows that are added up in double, likewise
 
 
 def adamp(batches: list[Batch], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -74,10 +76,16 @@ def knows(tensors: tuple[Any, ...]) -> bool:
     It can where all are of one dtype and the moments lie in memory as the parameter does: densely, with slices, rows
     and elements from the outermost to the innermost. (So are PyTorch's own weights, channels_last ones included.)
     """
-    param, *others, rows = tensors
-    alike = all(x.dtype == param.dtype and type(x) in (Tensor, torch.nn.Parameter) for x in (param, *others))
-    in_order = all(_same_strides(param, moment) for moment in others[1:])
-    return alike and in_order and _sizes(param.shape, param.stride(), rows) is not None
+    param, grad, *moments, rows = tensors
+    if type(param) not in _PLAIN_TYPES or grad.dtype != param.dtype:
+        return False
+    for moment in moments:
+        if moment.dtype != param.dtype or not _same_strides(param, moment):
+            return False
+    return _sizes(param.shape, param.stride(), rows) is not None
+
+
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def _same_strides(x: Tensor, y: Tensor) -> bool:
@@ -107,47 +115,77 @@ def _sizes(shape: torch.Size, strides: tuple[int, ...], rows: Rows) -> tuple[int
     return (dense // (rows.count * rows.length), rows.count, rows.length)
 
 
-class Tiles(NamedTuple):
-    """How tensors are cut.
+class Job(NamedTuple):
+    """Tiles that one thread takes in one go, the pass that it is for, and the wave of slices that they belong to."""
+
+    first: int
+    end: int
+    second: bool
+    wave: int | None
+
+
+class Plan(NamedTuple):
+    """How tensors are cut and who does what when.
 
     Attributes:
       tiles: int64, (n, 3): tensor, first element, end. First those that can be done in one go: of tensors that are
         never projected, and slices of one tile.
       whole: how many these are.
-      slices: int64, (slices, 2): first tile and end of each slice of several tiles.
-      costs: float64, (n,): accesses of the first pass up to the end of each tile.
+      slices: int64, (slices, 2): first tile and end, counted from `whole`, of each slice of several tiles.
+      jobs: in the order in which they are to be begun; those of a second pass come after all that they wait for.
+      waves: first slice, end, jobs of the first pass. What a wave reads is still in a cache when it is read again.
     """
 
     tiles: np.ndarray
     whole: int
     slices: np.ndarray
-    costs: np.ndarray
+    jobs: list[Job]
+    waves: list[tuple[int, int, int]]
 
 
 @lru_cache(maxsize=64)
-def _cut(sizes: tuple[tuple[int, int, int], ...]) -> Tiles:
-    whole, parts, ends = [np.empty((0, 3), np.int64)], [np.empty((0, 3), np.int64)], [np.empty(0, np.int64)]
+def _plan(sizes: tuple[tuple[int, int, int], ...], threads: int) -> Plan:
+    whole, parts, ends = [np.empty((0, 3), np.int64)], [np.empty((0, 3), np.int64)], [np.zeros(1, np.int64)]
     for tensor, (slices, rows, length) in enumerate(sizes):
         size = max(rows, 1) * length
         if rows and length <= TILE:
-            edges = np.arange(0, size, TILE // length * length)
+            cuts = np.arange(0, size, TILE // length * length)
         elif rows:
-            edges = np.add.outer(np.arange(0, size, length), np.arange(0, length, TILE)).ravel()
+            cuts = np.add.outer(np.arange(0, size, length), np.arange(0, length, TILE)).ravel()
         else:
-            edges = np.arange(0, size, TILE)
-        first = np.add.outer(np.arange(slices) * size, edges)
-        end = np.add.outer(np.arange(slices) * size, np.append(edges[1:], size)[: len(edges)])
+            cuts = np.arange(0, size, TILE)
+        first = np.add.outer(np.arange(slices) * size, cuts)
+        end = np.add.outer(np.arange(slices) * size, np.append(cuts[1:], size)[: len(cuts)])
         tiles = np.stack([np.full(first.size, tensor), first.ravel(), end.ravel()], axis=1)
-        if rows and len(edges) > 1:
-            ends.append(sum(map(len, parts)) + len(edges) * np.arange(1, slices + 1))
+        if rows and len(cuts) > 1:
+            ends.append(sum(map(len, parts)) + len(cuts) * np.arange(1, slices + 1))
             parts.append(tiles)
         else:
             whole.append(tiles)
     tiles = np.concatenate(whole + parts)
-    n, last = sum(map(len, whole)), np.concatenate(ends)
-    accesses = np.where(np.arange(len(tiles)) < n, 9, 2)
-    costs = np.cumsum((tiles[:, 2] - tiles[:, 1]) * accesses, dtype=np.float64)
-    return Tiles(tiles, n, np.stack([np.append(0, last)[:-1], last], axis=1), costs)
+    edges: list[int] = np.concatenate(ends).tolist()
+    n, done = sum(map(len, whole)), np.append(0, np.cumsum(tiles[:, 2] - tiles[:, 1]))
+
+    def jobs(first: int, end: int, second: bool, wave: int | None) -> list[Job]:
+        marks = np.arange(done[first], done[end], SHARE)
+        bounds = np.unique(np.append(np.searchsorted(done[first:end], marks), end - first)) + first
+        return [Job(a, b, second, wave) for a, b in pairwise(bounds.tolist())]
+
+    begun: list[Job] = []
+    waiting: list[Job] = []
+    waves: list[tuple[int, int, int]] = []
+    elements = done[n + np.array(edges)]
+    start = 0
+    while start < len(edges) - 1:
+        stop = int(np.searchsorted(elements, elements[start] + threads * WAVE, "right")) - 1
+        stop = max(stop, start + 1)
+        own = jobs(n + edges[start], n + edges[stop], False, len(waves))
+        begun += own + waiting
+        waiting = [job._replace(second=True) for job in own]
+        waves.append((start, stop, len(own)))
+        start = stop
+    begun += waiting + jobs(0, n, False, None)
+    return Plan(tiles, n, np.array(list(pairwise(edges)), np.int64).reshape(-1, 2), begun, waves)
 
 
 def _step(
@@ -197,37 +235,50 @@ def _step(
 def _passes(
     kind: Any, like: np.ndarray, tensors: Sequence[list[Tensor]], sizes: Any, lines: Any, numbers: Any, shared: Any
 ) -> None:
-    tiles, whole, slices, costs = _cut(sizes)
-    if not len(tiles):
-        return
+    plan = _plan(sizes, torch.get_num_threads())
+    tiles, whole, slices, _, waves = plan
     pointers = np.array([[x.data_ptr() for x in some] for some in tensors])
-    work = (kind, like, pointers, np.array(sizes), lines, numbers, shared, tiles)
+    work = (kind, like, pointers, np.array(sizes), lines, numbers, shared, tiles, whole)
     sums = np.empty((len(tiles) - whole, 4))
-    _in_threads(_first_pass, (*work, whole, sums), costs, 0)
-    if not len(slices):
-        return
-    modes, norms, dots = np.empty(len(sums), np.int8), np.empty(len(sums)), np.empty(len(sums))
-    again = _decide_slices(work[3], lines, shared, tiles, whole, slices, sums, modes, norms)
-    _in_threads(_second_pass, (*work, whole, modes, dots), costs, whole)
-    if again:
+    modes, norms, dots = np.zeros(len(sums), np.int8), np.empty(len(sums)), np.empty(len(sums))
+    lock, missing, decided = Lock(), [jobs for _, _, jobs in waves], [Event() for _ in waves]
+
+    def run(job: Job) -> None:
+        if job.second:
+            assert job.wave is not None
+            decided[job.wave].wait()
+            _second_pass(*work, modes, dots, job.first, job.end)
+            return
+        _first_pass(*work, sums, job.first, job.end)
+        if job.wave is None:
+            return
+        with lock:
+            missing[job.wave] -= 1
+            last = not missing[job.wave]
+        if last:
+            first, end, _ = waves[job.wave]
+            _decide_slices(work[3], lines, shared, tiles, whole, slices[first:end], sums, modes, norms)
+            decided[job.wave].set()
+
+    try:
+        _in_threads(run, plan.jobs)
+    finally:
+        for event in decided:  # nobody is to wait for what has been interrupted
+            event.set()
+    if (modes >= _LAYER).any():
         _join_dots(work[3], tiles, whole, slices, modes, dots)
-        _in_threads(_third_pass, (*work, whole, modes, norms, dots), costs, whole)
+        seconds = [job for job in plan.jobs if job.second]
+        _in_threads(lambda job: _third_pass(*work, modes, norms, dots, job.first, job.end), seconds)
 
 
-def _in_threads(kernel: Callable[..., None], arguments: tuple[Any, ...], costs: np.ndarray, first: int) -> None:
-    """Runs a kernel over all tiles from `first` on, in shares, on as many threads as PyTorch's own operations use."""
-    done = costs[first - 1] if first else 0.0
-    threads = min(torch.get_num_threads(), int((costs[-1] - done) / (9 * SHARE)) + 1)
-    if threads == 1:
-        kernel(*arguments, first, len(costs))
-        return
-    edges = np.searchsorted(costs, np.linspace(done, costs[-1], 4 * threads + 1)[1:-1])
-    bounds = [first, *(int(x) for x in np.unique(edges) if first < x < len(costs)), len(costs)]
-    shares = iter(list(pairwise(bounds)))  # one iterator: each takes the next when it is done
+def _in_threads(run: Callable[[Job], None], jobs: list[Job]) -> None:
+    """Begins jobs in their order, on as many threads as PyTorch's own operations use."""
+    threads = min(torch.get_num_threads(), len(jobs))
+    queue = iter(jobs)  # shared: each takes the next when it is done
 
     def take() -> None:
-        for share in shares:
-            kernel(*arguments, *share)
+        for job in queue:
+            run(job)
 
     helpers = [_pool(os.getpid(), threads - 1).submit(take) for _ in range(threads - 1)]
     take()
@@ -244,13 +295,13 @@ def _pool(pid: int, threads: int) -> ThreadPoolExecutor:
 # The kernels. `like` is an array that stands for a dtype: that in which memory is read.
 
 # bfloat16 and float16 as bits, told apart by their sign.
-_STORAGE = {
+_STORAGE: dict[torch.dtype, np.ndarray] = {
     torch.float64: np.empty(0, np.float64),
     torch.float32: np.empty(0, np.float32),
     torch.bfloat16: np.empty(0, np.uint16),
     torch.float16: np.empty(0, np.int16),
 }
-_PLAIN, _CHANNEL, _LAYER, _LONG_CHANNEL = range(4)
+_PLAIN, _CHANNEL, _LAYER, _LONG_CHANNEL = range(4)  # the last two need <p, q> from other tiles
 
 
 class AdamPScalars(NamedTuple):
@@ -457,13 +508,13 @@ def _tensors(like, pointers, tile):
 
 @_summed
 def _add_products(p, g, factor):
-    pp = gg = gp = 0.0
+    pp = gg = gp = _cast(0.0, p)
     for i in range(p.size):
-        x, y = np.float64(_load(p, i)), np.float64(_load(g, i) * factor)
+        x, y = _load(p, i), _load(g, i) * factor
         pp += x * x
         gg += y * y
         gp += x * y
-    return pp, gg, gp
+    return np.float64(pp), np.float64(gg), np.float64(gp)
 
 
 @_exact
@@ -658,8 +709,7 @@ def _first_pass(kind, like, pointers, sizes, lines, numbers, shared, tiles, whol
 
 @_exact
 def _decide_slices(sizes, lines, shared, tiles, whole, slices, sums, modes, norms):
-    """How each tile of each slice is stepped, and along which norm; whether any needs `<p, q>` from other tiles."""
-    again = False
+    """How each tile of each slice is stepped, and along which norm."""
     for s in range(len(slices)):
         first, end = slices[s]
         t = tiles[whole + first, 0]
@@ -691,8 +741,6 @@ def _decide_slices(sizes, lines, shared, tiles, whole, slices, sums, modes, norm
             norms[first:end] = np.sqrt(pp) + eps
         else:
             modes[first:end] = _PLAIN
-        again |= modes[first] == _LAYER or modes[first] == _LONG_CHANNEL
-    return again
 
 
 @_exact
@@ -718,7 +766,7 @@ def _join_dots(sizes, tiles, whole, slices, modes, dots):
     """Gives each tile the sum over its row or slice."""
     for s in range(len(slices)):
         first, end = slices[s]
-        if modes[first] != _LAYER and modes[first] != _LONG_CHANNEL:
+        if modes[first] < _LAYER:
             continue
         length = sizes[tiles[whole + first, 0], 2]
         pieces = end - first if modes[first] == _LAYER else -(-length // TILE)
@@ -733,7 +781,7 @@ def _join_dots(sizes, tiles, whole, slices, modes, dots):
 def _third_pass(kind, like, pointers, sizes, lines, numbers, shared, tiles, whole, modes, norms, dots, first, end):
     """The step of what has waited."""
     for k in range(first, end):
-        if modes[k - whole] == _LAYER or modes[k - whole] == _LONG_CHANNEL:
+        if modes[k - whole] >= _LAYER:
             t = tiles[k, 0]
             p, g, m, v = _tensors(like, pointers[t], tiles[k])
             h = _scalars(kind, numbers[lines[t]], like)

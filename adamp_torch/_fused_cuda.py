@@ -3,7 +3,7 @@
 
 A step is four launches at most. `statistics` adds up what the decisions need, over `p` and `g`; `decide` makes them, on
 the device; `update` reads and writes everything once; and it runs again for slices whose `<p, q>` spans tiles, those
-that are projected as a layer or in rows longer than a tile. Elsewhere it then returns at once, by what the device knows.
+that are projected as a layer or in rows longer than a tile. What the device knows ends it at once elsewhere.
 
 A slice (SPEC: LAYOUT-2) is cut into tiles: of some rows, or of a part of one. Sums are formed within a tile in the
 working dtype, across tiles in double, in an order that only shapes decide. What AdamP and SGDP differ in is a
@@ -162,9 +162,9 @@ def statistics(
     for k in tl.static_range(KINDS):
         if tl.load(tile + KIND) == k:
             rows, columns, exists, length = _coordinates(tile, shape, k, TILE, ALIGN)
-            p = tl.load(_elements(tensor, slice, shape, axes, tile, rows, columns, length, P, DTYPES[0], k), exists, 0)
-            g = tl.load(_elements(tensor, slice, shape, axes, tile, rows, columns, length, G, DTYPES[1], k), exists, 0)
-            p, g = p.to(WORK), g.to(WORK) * scale
+            p_at = _elements(tensor, slice, shape, axes, tile, rows, columns, length, P, DTYPES[0], k)
+            g_at = _elements(tensor, slice, shape, axes, tile, rows, columns, length, G, DTYPES[1], k)
+            p, g = tl.load(p_at, exists, 0).to(WORK), tl.load(g_at, exists, 0).to(WORK) * scale
             pp, gg, gp = tl.sum(p * p, 1), tl.sum(g * g, 1), tl.sum(g * p, 1)
             passes = _orthogonal(pp, gg, gp, threshold, eps)
             tl.store(sums + FAILURES * tiles_in_all + number, tl.sum(1 - passes.to(WORK), 0))
@@ -274,7 +274,7 @@ def update(
     view = tl.load(views + of_slice, of_slice < decided, NEITHER)
     segments = tl.load(slice + SEGMENTS)
     at_once = (view == NEITHER) | ((view == CHANNEL) & (segments == 1))
-    if AGAIN:
+    if AGAIN:  # noqa: SIM102 - `and` would make a value of the constant
         if at_once:
             return
     index = tl.load(tile + TENSOR)
@@ -364,8 +364,10 @@ class Geometry:
 
     def is_dense(self, align: int) -> bool:
         """Whether rows lie one after another, each at a multiple of `align` elements."""
+
         def lies(axes: list[tuple[int, ...]], stride: int) -> bool:
             return not axes or (len(axes) == 1 and set(axes[0][1:]) == {stride})
+
         return (
             self.length % align == 0
             and lies(self.column_axes, 1)
@@ -514,8 +516,8 @@ def _is_capturing(device: torch.device) -> bool:
 def _upload(array: np.ndarray, device: torch.device) -> Tensor:
     if _is_capturing(device):
         raise RuntimeError(
-            "a CUDA graph is being captured, but the fused step has not seen these tensors before: take a step with the "
-            "same parameters, gradients and options first, and keep the gradients with zero_grad(set_to_none=False)"
+            "a CUDA graph is being captured, but the last fused step was not one with these tensors and options: take "
+            "such a step first, and keep the gradients in place with zero_grad(set_to_none=False)"
         )
     on_host = torch.from_numpy(array)
     return (on_host.pin_memory() if device.type == "cuda" else on_host).to(device, non_blocking=True)
@@ -551,9 +553,10 @@ def _step(batches: list[Batch], grad_scale: Tensor | None, found_inf: Tensor | N
             _move([x for x in batch.steps if x.device != device or x.dtype != torch.float32], device)
         else:
             on_host += batch.steps
-        dtypes = [tuple(x.dtype for x in tensors) for tensors in zip(batch.params, batch.grads, *batch.moments)]
-        for key in dict.fromkeys(dtypes):
-            part = batch.pick([i for i, x in enumerate(dtypes) if x == key])
+        tensors = zip(batch.params, batch.grads, *batch.moments, strict=True)
+        keys = [tuple(x.dtype for x in own) for own in tensors]
+        for key in dict.fromkeys(keys):
+            part = batch.pick([i for i, x in enumerate(keys) if x == key])
             by_dtypes.setdefault(key, []).append((part, counted))
     # All that can be refused comes before anything is changed.
     prepared = [(key, *_prepare(parts, device, numbers)) for key, parts in by_dtypes.items()]
@@ -562,7 +565,8 @@ def _step(batches: list[Batch], grad_scale: Tensor | None, found_inf: Tensor | N
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for dtypes, plan, table, _ in prepared:
             _launch(dtypes, plan, table, *scaling)
-    torch._foreach_add_(on_host, 1)
+    if on_host:
+        torch._foreach_add_(on_host, 1)
 
 
 def _move(steps: list[Tensor], device: torch.device) -> None:
@@ -622,8 +626,9 @@ def _prepare(
 
 
 class Fixed(NamedTuple):
-    """What is fixed when kernels are compiled: how, what both that work on tiles are given, what `update` is given."""
+    """What is fixed when kernels are compiled: how, what those that work on tiles are given, what `update` is given."""
 
+    decide_options: dict[str, Any]
     options: dict[str, Any]
     tile: dict[str, Any]
     update: dict[str, Any]
@@ -633,8 +638,9 @@ def specialize(dtypes: tuple[torch.dtype, ...]) -> Fixed:
     """For parameters, gradients and moments of these dtypes."""
     work = working_dtype(dtypes[0])
     return Fixed(
-        # Half of the 64 K registers of a multiprocessor for one tile, so that it works on two at a time.
-        {"num_warps": 2 * work.itemsize, "maxnreg": 1024 // work.itemsize // 2, "enable_fp_fusion": True},
+        {"num_warps": 8, "enable_fp_fusion": True},
+        # In float32, half of a multiprocessor's registers for one tile, so that it works on two at a time.
+        {"num_warps": 2 * work.itemsize, "maxnreg": 128, "enable_fp_fusion": True},
         {"DTYPES": tuple(_TYPES[x] for x in dtypes), "WORK": _TYPES[work], "ALIGN": _align(dtypes), "TILE": TILE},
         {"ADAMP": len(dtypes) == 4, "EXACT": all(x == work for x in dtypes[2:])},
     )
@@ -645,20 +651,18 @@ def _align(dtypes: Sequence[torch.dtype]) -> int:
     return 16 // min(x.itemsize for x in dtypes)
 
 
-def _launch(
-    dtypes: tuple[torch.dtype, ...], plan: Plan, table: Tensor, grad_scale: Tensor, found_inf: Tensor
-) -> None:
+def _launch(dtypes: tuple[torch.dtype, ...], plan: Plan, table: Tensor, grad_scale: Tensor, found_inf: Tensor) -> None:
     tiles, slices, shapes, axes = plan.tables
     sums = table.new_empty(SUMS.value * plan.tiles, dtype=working_dtype(dtypes[0]))
     views = table.new_empty(plan.decided_slices, dtype=torch.int32)
     coefficients = table.new_empty(COEFFICIENTS.value * len(table), dtype=torch.float64)
-    options, of_tile, of_update = specialize(dtypes)
+    decide_options, options, of_tile, of_update = specialize(dtypes)
     if plan.decided_tiles:
         statistics[(plan.decided_tiles,)](
             table, tiles, slices, shapes, axes, sums, plan.tiles, grad_scale, found_inf, **of_tile, **options
         )
     decide[(len(table) + plan.decided_slices,)](
-        table, tiles, slices, shapes, sums, views, coefficients, len(table), plan.tiles, found_inf, **options
+        table, tiles, slices, shapes, sums, views, coefficients, len(table), plan.tiles, found_inf, **decide_options
     )
     for again, programs in ((False, plan.tiles), (True, plan.decided_tiles)):
         if programs:

@@ -40,7 +40,7 @@ class SGDP(ProjectedOptimizer):
 
     State per parameter: `step` (scalar tensor, on the CPU unless `capturable`; counts, enters nothing) and
     `momentum` (shape, strides and dtype of the parameter). float16 and bfloat16 parameters are computed
-    in float32.
+    in float32. DTensors are stepped as by `AdamP`.
 
     Args:
       params: parameters, named parameters, or dicts of parameter groups; each group may set any option.
@@ -60,7 +60,9 @@ class SGDP(ProjectedOptimizer):
     Raises:
       ValueError: a hyperparameter outside its domain; a layout that fits no parameter, or not its own.
       TypeError: a hyperparameter of another type; a parameter of another dtype.
-      RuntimeError: `fused` is True, or `foreach` and `differentiable` are.
+      RuntimeError: `fused` is True, or `foreach` and `differentiable` are; a parameter has been flattened, as by
+        FullyShardedDataParallel (FSDP1) or DeepSpeed ZeRO; a DTensor has Partial placements, or is to be
+        differentiated through.
     """
 
     MOMENTS = ("momentum",)

@@ -50,45 +50,45 @@ FLAT = (
 )
 
 
-def check_parameter(path: str, param: Tensor, differentiable: bool) -> None:
+def check_parameter(path: str, param: Any, differentiable: bool) -> None:
     """Raises RuntimeError where a parameter is flattened, waits to be summed, or cannot be differentiated through."""
     for mark, flattened_by in _FLATTENED.items():
         if getattr(param, mark, None) is not None:
             raise RuntimeError(f"parameter {path!r} is flattened by {flattened_by}, {FLAT}")
     if is_sharded(param):
-        if any(placement.is_partial() for placement in _placements(param)):
+        if any(placement.is_partial() for placement in param.placements):
             raise RuntimeError(
-                f"parameter {path!r} is a DTensor with placements {_placements(param)}, the terms of a sum that has "
-                "not been formed: redistribute it to Shard or Replicate placements"
+                f"parameter {path!r} is {_words(param)}, which is the terms of a sum that has not been formed: "
+                "redistribute it to Shard or Replicate placements"
             )
         if differentiable:
-            raise RuntimeError(f"differentiable=True does not support parameter {path!r}, which is a DTensor")
+            raise RuntimeError(f"differentiable=True does not support parameter {path!r}, which is {_words(param)}")
 
 
-def check_with_parameter(path: str, param: Tensor, what: str, x: Tensor, remedy: str, anywhere: bool = False) -> None:
-    """Raises RuntimeError unless `x` is a plain tensor or a DTensor as `param` is, and on the same processes.
-
-    Args:
-      path, param: the parameter.
-      what: what `x` is to it, in words.
-      x: a gradient or a state tensor.
-      remedy: in words.
-      anywhere: whether `x` may have other placements.
-    """
-    kinds = ["a DTensor" if is_sharded(tensor) else "a plain tensor" for tensor in (x, param)]
-    if kinds[0] != kinds[1]:
-        raise RuntimeError(f"{what} of parameter {path!r} is {kinds[0]}, the parameter {kinds[1]}: {remedy}")
-    if is_sharded(param):
-        places = [(t.device_mesh, () if anywhere else _placements(t)) for t in (x, param)]  # type: ignore[attr-defined]
-        if places[0] != places[1]:
-            raise RuntimeError(
-                f"{what} of parameter {path!r} lies on {x.device_mesh} as {_placements(x)}, "  # type: ignore[attr-defined]
-                f"the parameter on {param.device_mesh} as {_placements(param)}: {remedy}"  # type: ignore[attr-defined]
-            )
+def check_gradient(path: str, param: Any, grad: Any) -> None:
+    """Raises RuntimeError unless a gradient is on the mesh that its parameter is on, or neither is on one."""
+    if _place(grad)[:1] != _place(param)[:1]:
+        raise RuntimeError(
+            f"the gradient of parameter {path!r} is {_words(grad)}, the parameter {_words(param)}: make the optimizer "
+            "after the model has been sharded, of the parameters that it then has"
+        )
 
 
-def _placements(x: Any) -> tuple[Any, ...]:
-    return tuple(x.placements)
+def check_moment(path: str, param: Any, name: str, moment: Any) -> None:
+    """Raises RuntimeError unless a state tensor lies as its parameter does."""
+    if _place(moment) != _place(param):
+        raise RuntimeError(
+            f"state {name!r} of parameter {path!r} is {_words(moment)}, the parameter {_words(param)}: load it with "
+            "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+        )
+
+
+def _place(x: Any) -> tuple[Any, ...]:
+    return (x.device_mesh, tuple(x.placements)) if is_sharded(x) else ()
+
+
+def _words(x: Any) -> str:
+    return f"a DTensor on {x.device_mesh} with placements {tuple(x.placements)}" if is_sharded(x) else "a plain tensor"
 
 
 # --- what a process holds --------------------------------------------------------------------------------------------
@@ -228,9 +228,7 @@ def split(batch: Batch) -> tuple[Batch, list[Shard]]:
 
 
 def _placed_as(param: Any, grad: Any) -> Tensor:
-    if is_sharded(param) and _placements(grad) != _placements(param):
-        return grad.redistribute(placements=param.placements)
-    return grad
+    return grad if _place(grad) == _place(param) else grad.redistribute(placements=param.placements)
 
 
 def _local(x: Any) -> Tensor:

@@ -37,7 +37,8 @@ CLASSES = {"adamp": AdamP, "sgdp": SGDP}
 
 def make(algorithm, params, **options):
     own = {} if algorithm == "adamp" else {"momentum": 0.9}
-    return CLASSES[algorithm](params, **({"lr": 1e-2, "weight_decay": 0.1} | own | options))
+    # What is fused is compiled in every process, which takes its time.
+    return CLASSES[algorithm](params, **({"lr": 1e-2, "weight_decay": 0.1, "fused": False} | own | options))
 
 
 def raised(function, *arguments):
@@ -119,7 +120,7 @@ def pair(algorithm, shape, placements, mixed=False, **options):
         for i, x in enumerate(plain)
     ]
     return (
-        make(algorithm, plain, layouts=layouts(plain), fused=False),
+        make(algorithm, plain, layouts=layouts(plain)),
         make(algorithm, parts, layouts=layouts(parts), **options),
     )
 
@@ -329,13 +330,16 @@ def mesh_of_two():
     return init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
 
 
-def partial_gradients(algorithm):
-    """A gradient whose sum has not been formed is summed, as operations on DTensors do."""
+def partial_gradients(algorithm, under_way):
+    """A gradient whose sum has not been formed is summed, as operations on DTensors do; or is about to be."""
     plain, sharded = (nn.Parameter(x) for x in (values(0)[0], placed(values(0)[0], (4,), (Shard(1),))))
     own, theirs = make(algorithm, [plain]), make(algorithm, [sharded])
     plain.grad = values(1)[0]
     share = plain.grad * (dist.get_rank() + 1) / 10
     sharded.grad = DTensor.from_local(share, mesh((4,)), [Partial()])
+    if under_way:
+        sharded.grad = sharded.grad.redistribute(placements=[Shard(1)], async_op=True)
+        assert type(sharded.grad.to_local()) is not torch.Tensor
     own.step()
     theirs.step()
     assert_follows(theirs, own)
@@ -353,7 +357,7 @@ def ddp(algorithm):
 def zero(algorithm, buckets):
     plain, replica = model(), model()
     own = make(algorithm, plain.parameters(), delta=0.5)
-    options = {key: own.defaults[key] for key in ("lr", "weight_decay", "delta")}
+    options = {key: own.defaults[key] for key in ("lr", "weight_decay", "delta", "fused")}
     options |= {"momentum": 0.9} if algorithm == "sgdp" else {}
     theirs = ZeroRedundancyOptimizer(
         replica.parameters(), CLASSES[algorithm], parameters_as_bucket_view=buckets, **options
@@ -417,7 +421,7 @@ def checkpoint_of_the_whole(algorithm):
 def scaled(algorithm, fused):
     """With torch.amp.GradScaler: the second of three steps overflows."""
     plain, sharded = model(), sharded_model((4,))
-    own, theirs = (make(algorithm, m.parameters(), fused=fused) for m in (plain, sharded))
+    own, theirs = make(algorithm, plain.parameters()), make(algorithm, sharded.parameters(), fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     for t in range(3):
         x = torch.randn(8, 6, generator=torch.Generator().manual_seed(t), dtype=torch.float64)
@@ -450,7 +454,9 @@ def refusals(algorithm):
 
     optimizer = make(algorithm, [part])
     before = part.to_local().clone()
-    found["plain gradient"] = raised(sharding.check_with_parameter, "w", part, "the gradient", torch.ones(4, 3), "-")
+    plain = nn.Parameter(torch.ones(4, 3))
+    plain.grad = placed(torch.ones(4, 3), (4,), (Shard(0),))
+    found["sharded gradient"] = raised(make(algorithm, [plain]).step)
     part.grad = torch.ones_like(part)
     optimizer.step()
     saved = optimizer.state_dict()

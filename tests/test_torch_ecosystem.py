@@ -87,8 +87,10 @@ def run_example(name, capsys):
     return float(re.fullmatch(r"test accuracy (\d\.\d{4})", capsys.readouterr().out.splitlines()[-1])[1])
 
 
-def test_every_example_is_run():
+def test_every_example_is_run_and_linked():
     assert {path.stem for path in EXAMPLES.glob("*.py")} == set(STEPS)
+    page = (EXAMPLES.parents[1] / "docs" / "torch.md").read_text()
+    assert set(re.findall(r"\(\.\./examples/torch/(\w+)\.py\)", page)) == set(STEPS)
 
 
 @pytest.mark.parametrize("name", STEPS)

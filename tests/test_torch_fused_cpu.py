@@ -90,18 +90,29 @@ def test_slices_of_all_sizes_conform_in_every_branch(algorithm, name, dtype):
             assert {Branch(int(b)) for b in verdict.branches[branch.name].ravel()} == {branch}
 
 
-def test_tiles_cover_every_element_once():
-    sizes = ((1, 0, 100_000), (1, 300, 500), (1, 3, fused.TILE + 1), (7, 2, 9), (2, 40, 3000), (1, 0, 0), (1, 0, 1))
-    tiles, whole, slices, costs = fused._cut(sizes)
-    for tensor, (n, rows, length) in enumerate(sizes):
-        own = sorted(tiles[tiles[:, 0] == tensor, 1:].tolist())
+@pytest.mark.parametrize("threads", [1, 5])
+def test_a_plan_covers_every_element_once_in_each_pass(threads):
+    n = fused.WAVE
+    sizes = ((1, 0, 100_000), (1, 300, 500), (1, 3, fused.TILE + 1), (7, 2, 9), (2, 40, 3000), (1, 0, 0), (1, 40, n))
+    plan = fused._plan(sizes, threads)
+    for tensor, (count, rows, length) in enumerate(sizes):
+        own = sorted(plan.tiles[plan.tiles[:, 0] == tensor, 1:].tolist())
         assert [start for start, _ in own] == [0, *(end for _, end in own[:-1])][: len(own)]
-        assert (own[-1][1] if own else 0) == n * max(rows, 1) * length
+        assert (own[-1][1] if own else 0) == count * max(rows, 1) * length
         assert all(0 < end - start <= fused.TILE for start, end in own)
-    assert slices[0, 0] == 0
-    assert slices[-1, 1] == len(tiles) - whole
-    assert len(slices) == 1 + 1 + 2
-    assert (np.diff(costs) > 0).all()
+    assert plan.slices.ravel().tolist() == sorted(plan.slices.ravel().tolist())
+    assert len(plan.slices) == 1 + 1 + 2 + 1
+    assert len(plan.waves) > 1
+    assert [first for first, _, _ in plan.waves] == [0, *(end for _, end, _ in plan.waves[:-1])]
+    assert plan.waves[-1][1] == len(plan.slices)
+    for second, start in ((False, 0), (True, plan.whole)):
+        taken = sorted(tile for job in plan.jobs if job.second == second for tile in range(job.first, job.end))
+        assert taken == list(range(start, len(plan.tiles)))
+    begun = [job for job in plan.jobs if not job.second]
+    for wave, (_, _, jobs) in enumerate(plan.waves):
+        assert sum(job.wave == wave for job in begun) == jobs
+        last = max(i for i, job in enumerate(plan.jobs) if job.wave == wave and not job.second)
+        assert all(i > last for i, job in enumerate(plan.jobs) if job.wave == wave and job.second)
 
 
 # --- which tensors ---------------------------------------------------------------------------------------------------

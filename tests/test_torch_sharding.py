@@ -178,9 +178,10 @@ def test_fully_shard_over_tensor_parallelism_follows_one_process(algorithm):
     assert any("StridedShard" in x or "_S(" in x for x in placements)
 
 
+@pytest.mark.parametrize("under_way", [False, True])
 @both
-def test_gradients_are_placed_as_their_parameters(algorithm):
-    run("partial_gradients", algorithm)
+def test_gradients_are_placed_as_their_parameters(algorithm, under_way):
+    run("partial_gradients", algorithm, under_way)
 
 
 @both
@@ -207,7 +208,7 @@ def test_a_complete_checkpoint_goes_from_sharded_to_plain_and_back(algorithm):
     assert "set_optimizer_state_dict" in text
 
 
-@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("fused", [False, True])
 @both
 def test_the_gradient_scaler_skips_an_overflow_of_one_process_in_all(algorithm, fused):
     run("scaled", algorithm, fused)
@@ -224,7 +225,7 @@ def test_what_cannot_be_stepped_is_refused(algorithm):
         "differentiable": "differentiable",
         "fsdp1 False": "fully_shard",
         "fsdp1 True": "fully_shard",
-        "plain gradient": "plain tensor",
+        "sharded gradient": "the parameter a plain tensor",
         "plain state": "set_optimizer_state_dict",
         "other state": "set_optimizer_state_dict",
     }

@@ -73,6 +73,7 @@ IMPLEMENTATIONS = (
     ORACLE,
     *_ours("torch", "TorchAdapter", ("torch",), "torch", "eager", "foreach"),
     *_ours("torch", "TorchAdapter", ("torch", "numba"), "torch", "fused"),
+    Implementation("torch", "sharded", "adamp_conformance.adapters.torch_sharded:ShardedAdapter", ("torch",), "torch"),
     *_ours("keras", "KerasAdapter", ("keras", "tensorflow"), "tf", "eager", "graph", "xla"),
     *_ours("optax", "OptaxAdapter", ("jax", "optax"), "jax", "eager", "jit"),
     _peer("adamp", "AdampAdapter", "adamp"),

@@ -97,7 +97,7 @@ class TorchAdapter(OptimizerAdapter):
 
     def _make(self, options: dict[str, Any], layouts: Layouts) -> torch.optim.Optimizer:
         make = adamp_torch.AdamP if self.algorithm == "adamp" else adamp_torch.SGDP
-        paths = {name: self.execution == name for name in ("foreach", "fused")}
+        paths: dict[str, Any] = {name: self.execution == name for name in ("foreach", "fused")}
         return make(self.parameters.values(), **options, **paths, layouts=layouts)
 
 

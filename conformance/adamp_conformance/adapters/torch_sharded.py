@@ -54,6 +54,7 @@ class ShardedAdapter:
         self.execution = execution
         self.processes = processes
         self.turn = turn
+        self.number = next(_numbers)
 
     def capabilities(self) -> Capabilities:
         return TorchAdapter(self.execution).capabilities()
@@ -91,7 +92,7 @@ class ShardedAdapter:
         return state
 
     def _ask(self, method: str, *arguments: Any, **made_with: Any) -> list[Any]:
-        return workers(self.processes).run(_call, id(self), method, arguments, made_with)
+        return workers(self.processes).run(_call, self.number, method, arguments, made_with)
 
 
 def _join(name: str, shape: tuple[int, ...], parts: list[np.ndarray], places: list[np.ndarray]) -> np.ndarray:
@@ -105,15 +106,19 @@ def _join(name: str, shape: tuple[int, ...], parts: list[np.ndarray], places: li
     return whole
 
 
+_numbers = itertools.count()
+_parts: dict[int, _Part] = {}
+_KEPT = 4  # adapters that are in use at once are fewer
+
+
 def _call(adapter: int, method: str, arguments: tuple[Any, ...], made_with: dict[str, Any]) -> Any:
-    """What one process does for an adapter. It keeps one at a time."""
+    """What one process does for an adapter."""
     if made_with:
-        _held.clear()
-        _held[adapter] = _Part(**made_with)
-    return getattr(_held[adapter], method)(*arguments)
-
-
-_held: dict[int, _Part] = {}
+        _parts.pop(adapter, None)
+        _parts[adapter] = _Part(**made_with)
+        for old in list(_parts)[:-_KEPT]:
+            del _parts[old]
+    return getattr(_parts[adapter], method)(*arguments)
 
 
 class _Part(TorchAdapter):
@@ -217,7 +222,7 @@ class Workers:
           function: of a module that the processes can import.
 
         Raises:
-          Exception: what `function` raised, with the traceback of the process as a note.
+          RuntimeError: `function` raised something, which is told with its traceback; or a process has died.
           TimeoutError: a process has not answered within `SECONDS`; all are killed then.
         """
         for connection in self.connections:
@@ -233,11 +238,10 @@ class Workers:
             except EOFError:
                 self.stop()
                 raise RuntimeError(f"process {rank} has died") from None
-        for rank, (error, trace, _) in enumerate(replies):
-            if error is not None:
-                error.add_note(f"in process {rank}:\n{trace}")
-                raise error
-        return [result for _, _, result in replies]
+        for rank, (trace, _) in enumerate(replies):
+            if trace:
+                raise RuntimeError(f"in process {rank}: {trace}")
+        return [result for _, result in replies]
 
     def stop(self) -> None:
         """Kills the processes."""
@@ -251,15 +255,14 @@ def _work(rank: int, processes: int, store: str, connection: Connection) -> None
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=processes, timeout=timedelta(seconds=SECONDS)
     )
-    error: Exception | None
     while True:
         try:
             function, arguments = connection.recv()
         except EOFError:  # nobody is left to ask
             os._exit(0)
-        error, trace, result = None, "", None
+        trace, result = "", None
         try:
             result = function(*arguments)
-        except Exception as raised:
-            error, trace = raised, traceback.format_exc()
-        connection.send((error, trace, result))
+        except Exception:
+            trace = traceback.format_exc()
+        connection.send((trace, result))
