@@ -191,7 +191,7 @@ class ProjectedOptimizer(Optimizer):
         if not torch.compiler.is_compiling():
             self._check_hyperparameters(group)  # a scheduler, or the user, may have changed them
             check_path(group)
-            if self._had_matrices[i] and not _has_matrices(group):
+            if self._had_matrices[i : i + 1] == [True] and not _has_matrices(group):
                 raise RuntimeError(
                     f"the parameters of group {i} have been flattened since the optimizer was made, as by DeepSpeed "
                     f"ZeRO, {FLAT}"

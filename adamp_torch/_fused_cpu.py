@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
-from threading import Event, Lock
+from threading import local
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,8 +28,8 @@ from adamp_spec import Rows, one_minus_power
 from adamp_torch._paths import Batch
 
 TILE = 1 << 15  # elements; what a tile holds of all tensors fits into a second-level cache
-SHARE = 1 << 17  # elements that a thread takes at once
-WAVE = 1 << 18  # elements per thread between a first and a second look at them
+SHARE = 1 << 16  # elements that a thread takes at once
+WAVE = 1 << 17  # elements per thread between a first and a second look at them
 BLOCK = 1 << 9  # elements that are added up in the working dtype, in the order that the compiler likes best
 ROWS = 1 << 8  # sums of rows that are added up in double, likewise
 
@@ -46,7 +46,7 @@ def adamp(batches: list[Batch], grad_scale: Tensor | None, found_inf: Tensor | N
             gain1=1 - beta1,
             beta2=beta2,
             gain2=1 - beta2,
-            sqrt_bc2=float(one_minus_power(beta2, t)) ** 0.5,
+            per_sqrt_bc2=float(one_minus_power(beta2, t)) ** -0.5,
             eps=options["eps"],
             nesterov=options["nesterov"],
         )
@@ -115,15 +115,6 @@ def _sizes(shape: torch.Size, strides: tuple[int, ...], rows: Rows) -> tuple[int
     return (dense // (rows.count * rows.length), rows.count, rows.length)
 
 
-class Job(NamedTuple):
-    """Tiles that one thread takes in one go, the pass that it is for, and the wave of slices that they belong to."""
-
-    first: int
-    end: int
-    second: bool
-    wave: int | None
-
-
 class Plan(NamedTuple):
     """How tensors are cut and who does what when.
 
@@ -132,15 +123,17 @@ class Plan(NamedTuple):
         never projected, and slices of one tile.
       whole: how many these are.
       slices: int64, (slices, 2): first tile and end, counted from `whole`, of each slice of several tiles.
-      jobs: in the order in which they are to be begun; those of a second pass come after all that they wait for.
-      waves: first slice, end, jobs of the first pass. What a wave reads is still in a cache when it is read again.
+      jobs: int64, (jobs, 4), in the order in which they are to be begun: first tile, end, 1 for the second pass, and
+        the wave that they belong to or -1. What a job waits for comes before it.
+      waves: int64, (waves, 3): first slice, end, jobs of the first pass. What these have read is still in a cache when
+        the second pass reads it again.
     """
 
     tiles: np.ndarray
     whole: int
     slices: np.ndarray
-    jobs: list[Job]
-    waves: list[tuple[int, int, int]]
+    jobs: np.ndarray
+    waves: np.ndarray
 
 
 @lru_cache(maxsize=64)
@@ -166,26 +159,32 @@ def _plan(sizes: tuple[tuple[int, int, int], ...], threads: int) -> Plan:
     edges: list[int] = np.concatenate(ends).tolist()
     n, done = sum(map(len, whole)), np.append(0, np.cumsum(tiles[:, 2] - tiles[:, 1]))
 
-    def jobs(first: int, end: int, second: bool, wave: int | None) -> list[Job]:
+    def jobs(first: int, end: int, wave: int) -> list[list[int]]:
         marks = np.arange(done[first], done[end], SHARE)
         bounds = np.unique(np.append(np.searchsorted(done[first:end], marks), end - first)) + first
-        return [Job(a, b, second, wave) for a, b in pairwise(bounds.tolist())]
+        return [[a, b, 0, wave] for a, b in pairwise(bounds.tolist())]
 
-    begun: list[Job] = []
-    waiting: list[Job] = []
-    waves: list[tuple[int, int, int]] = []
+    begun: list[list[int]] = []
+    waiting: list[list[int]] = []
+    waves: list[list[int]] = []
     elements = done[n + np.array(edges)]
     start = 0
     while start < len(edges) - 1:
         stop = int(np.searchsorted(elements, elements[start] + threads * WAVE, "right")) - 1
         stop = max(stop, start + 1)
-        own = jobs(n + edges[start], n + edges[stop], False, len(waves))
+        own = jobs(n + edges[start], n + edges[stop], len(waves))
         begun += own + waiting
-        waiting = [job._replace(second=True) for job in own]
-        waves.append((start, stop, len(own)))
+        waiting = [[a, b, 1, wave] for a, b, _, wave in own]
+        waves.append([start, stop, len(own)])
         start = stop
-    begun += waiting + jobs(0, n, False, None)
-    return Plan(tiles, n, np.array(list(pairwise(edges)), np.int64).reshape(-1, 2), begun, waves)
+    begun += waiting + jobs(0, n, -1)
+    return Plan(
+        tiles,
+        n,
+        np.array(list(pairwise(edges)), np.int64).reshape(-1, 2),
+        np.array(begun, np.int64).reshape(-1, 4),
+        np.array(waves, np.int64).reshape(-1, 3),
+    )
 
 
 def _step(
@@ -235,53 +234,23 @@ def _step(
 def _passes(
     kind: Any, like: np.ndarray, tensors: Sequence[list[Tensor]], sizes: Any, lines: Any, numbers: Any, shared: Any
 ) -> None:
-    plan = _plan(sizes, torch.get_num_threads())
-    tiles, whole, slices, _, waves = plan
+    tiles, whole, slices, jobs, waves = _plan(sizes, torch.get_num_threads())
     pointers = np.array([[x.data_ptr() for x in some] for some in tensors])
-    work = (kind, like, pointers, np.array(sizes), lines, numbers, shared, tiles, whole)
+    geometry = np.array(sizes)
+    work = (kind, like, pointers, geometry, lines, numbers, shared, tiles, whole)
     sums = np.empty((len(tiles) - whole, 4))
     modes, norms, dots = np.zeros(len(sums), np.int8), np.empty(len(sums)), np.empty(len(sums))
-    lock, missing, decided = Lock(), [jobs for _, _, jobs in waves], [Event() for _ in waves]
-
-    def run(job: Job) -> None:
-        if job.second:
-            assert job.wave is not None
-            decided[job.wave].wait()
-            _second_pass(*work, modes, dots, job.first, job.end)
-            return
-        _first_pass(*work, sums, job.first, job.end)
-        if job.wave is None:
-            return
-        with lock:
-            missing[job.wave] -= 1
-            last = not missing[job.wave]
-        if last:
-            first, end, _ = waves[job.wave]
-            _decide_slices(work[3], lines, shared, tiles, whole, slices[first:end], sums, modes, norms)
-            decided[job.wave].set()
-
-    try:
-        _in_threads(run, plan.jobs)
-    finally:
-        for event in decided:  # nobody is to wait for what has been interrupted
-            event.set()
+    _in_threads(_take_jobs, *work, slices, sums, modes, norms, dots, jobs, waves, waves[:, 2].copy(), np.zeros(1, int))
     if (modes >= _LAYER).any():
-        _join_dots(work[3], tiles, whole, slices, modes, dots)
-        seconds = [job for job in plan.jobs if job.second]
-        _in_threads(lambda job: _third_pass(*work, modes, norms, dots, job.first, job.end), seconds)
+        _join_dots(geometry, tiles, whole, slices, modes, dots)
+        _in_threads(_third_pass, *work, modes, norms, dots, np.zeros(1, int))
 
 
-def _in_threads(run: Callable[[Job], None], jobs: list[Job]) -> None:
-    """Begins jobs in their order, on as many threads as PyTorch's own operations use."""
-    threads = min(torch.get_num_threads(), len(jobs))
-    queue = iter(jobs)  # shared: each takes the next when it is done
-
-    def take() -> None:
-        for job in queue:
-            run(job)
-
-    helpers = [_pool(os.getpid(), threads - 1).submit(take) for _ in range(threads - 1)]
-    take()
+def _in_threads(kernel: Callable[..., None], *arguments: Any) -> None:
+    """Runs a kernel on as many threads as PyTorch's own operations use; among themselves they share out the work."""
+    others = torch.get_num_threads() - 1
+    helpers = [_pool(os.getpid(), others).submit(lambda: kernel(*arguments, _room())) for _ in range(others)]
+    kernel(*arguments, _room())
     for helper in helpers:
         helper.result()
 
@@ -290,6 +259,16 @@ def _in_threads(run: Callable[[Job], None], jobs: list[Job]) -> None:
 def _pool(pid: int, threads: int) -> ThreadPoolExecutor:
     """Threads of this process: those of its parent do not survive a fork."""
     return ThreadPoolExecutor(threads, thread_name_prefix="adamp")
+
+
+_own = local()
+
+
+def _room() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a thread writes down: sums of rows, and a row of each working dtype."""
+    if not hasattr(_own, "room"):
+        _own.room = np.empty((3, ROWS)), np.empty(TILE, np.float32), np.empty(TILE, np.float64)
+    return _own.room
 
 
 # The kernels. `like` is an array that stands for a dtype: that in which memory is read.
@@ -312,7 +291,7 @@ class AdamPScalars(NamedTuple):
     gain1: float
     beta2: float
     gain2: float
-    sqrt_bc2: float
+    per_sqrt_bc2: float
     eps: float
     nesterov: bool
 
@@ -340,7 +319,10 @@ def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 _summed = _compiled(fastmath={"reassoc", "nsz", "contract"})  # NaN and inf as ever
-_exact = _compiled()
+_exact = _compiled(fastmath={"contract"})  # a product may go into a sum unrounded
+
+
+_intrinsic: Callable[[Any], Any] = intrinsic
 
 
 def _llvm(argument: types.Type, result: types.Type, build: Callable[[Any, Any], Any]) -> Any:
@@ -358,6 +340,17 @@ _bits = _llvm(types.float32, types.uint32, lambda b, x: b.bitcast(x, ir.IntType(
 _float = _llvm(types.uint32, types.float32, lambda b, x: b.bitcast(x, ir.FloatType()))
 _from_half = _llvm(types.int16, types.float32, lambda b, x: b.fpext(b.bitcast(x, ir.HalfType()), ir.FloatType()))
 _to_half = _llvm(types.float32, types.int16, lambda b, x: b.bitcast(b.fptrunc(x, ir.HalfType()), ir.IntType(16)))
+
+
+@_intrinsic
+def _fetch_add(typingctx, address, x):
+    """Adds to the integer at an address; what it was. Other threads see what was written before."""
+
+    def build(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.atomic_rmw("add", pointer, arguments[1], "seq_cst")
+
+    return types.int64(types.intp, types.int64), build
 
 
 def _load(x: np.ndarray, i: int) -> float:
@@ -415,16 +408,16 @@ def _cast_of(x, like):
     return lambda x, like: np.float32(x)
 
 
-def _working(like: np.ndarray) -> Any:
-    """The working dtype."""
+def _of_working(room: tuple[np.ndarray, np.ndarray, np.ndarray], like: np.ndarray) -> np.ndarray:
+    """The room for a row in the working dtype."""
     raise NotImplementedError
 
 
-@overload(_working)
-def _working_of(like):
+@overload(_of_working)
+def _of_working_of(room, like):
     if like.dtype == types.float64:
-        return lambda like: np.float64
-    return lambda like: np.float32
+        return lambda room, like: room[2]
+    return lambda room, like: room[1]
 
 
 def _scalars(kind: Any, x: np.ndarray, like: np.ndarray) -> Any:
@@ -463,7 +456,7 @@ def _direction_of(h, g, m, v):
             m = h.beta1 * m + h.gain1 * g  # ADAMP-1
             v = h.beta2 * v + h.gain2 * (g * g)  # ADAMP-2
             n = h.beta1 * m + h.gain1 * g if h.nesterov else m  # ADAMP-3
-            return m, v, n / (np.sqrt(v) / h.sqrt_bc2 + h.eps)  # ADAMP-4
+            return m, v, n / (np.sqrt(v) * h.per_sqrt_bc2 + h.eps)  # ADAMP-4
 
         return adamp
 
@@ -681,9 +674,51 @@ def _keep_projected_of(h, m, i, q):
 
 
 @_exact
-def _first_pass(kind, like, pointers, sizes, lines, numbers, shared, tiles, whole, sums, first, end):
+def _take_jobs(
+    kind,
+    like,
+    pointers,
+    sizes,
+    lines,
+    numbers,
+    shared,
+    tiles,
+    whole,
+    slices,
+    sums,
+    modes,
+    norms,
+    dots,
+    jobs,
+    waves,
+    missing,
+    taken,
+    room,
+):
+    """Jobs in their order, until none is left. `missing` counts, per wave, jobs of the first pass and the decision."""
+    while True:
+        k = _fetch_add(taken.ctypes.data, 1)
+        if k >= len(jobs):
+            return
+        first, end, second, wave = jobs[k]
+        counter = missing[wave:].ctypes.data
+        if second:
+            while _fetch_add(counter, 0) >= 0:
+                pass  # what it waits for has been begun before, by a thread that waits for nothing that comes later
+            _second_pass(
+                kind, like, pointers, sizes, lines, numbers, shared, tiles, whole, modes, dots, room, first, end
+            )
+            continue
+        _first_pass(kind, like, pointers, sizes, lines, numbers, shared, tiles, whole, sums, room, first, end)
+        if wave >= 0 and _fetch_add(counter, -1) == 1:
+            own = slices[waves[wave, 0] : waves[wave, 1]]
+            _decide_slices(sizes, lines, shared, tiles, whole, own, sums, modes, norms)
+            _fetch_add(counter, -1)
+
+
+@_exact
+def _first_pass(kind, like, pointers, sizes, lines, numbers, shared, tiles, whole, sums, room, first, end):
     """What can be done in one go; of all other tiles the sums."""
-    room, sums_of_rows = np.empty(TILE, _working(like)), np.empty((3, ROWS))
     for k in range(first, end):
         t = tiles[k, 0]
         rows, length = sizes[t, 1], sizes[t, 2]
@@ -695,11 +730,11 @@ def _first_pass(kind, like, pointers, sizes, lines, numbers, shared, tiles, whol
             _update(h, p, g, m, v, factor, decay)
             continue
         length = min(length, p.size)  # a piece of a longer row is judged with the others
-        others, pp, gg, gp = _statistics(p, g, factor, length, eps, delta / np.sqrt(length), sums_of_rows)
+        others, pp, gg, gp = _statistics(p, g, factor, length, eps, delta / np.sqrt(length), room[0])
         if k >= whole:
             sums[k - whole, 0], sums[k - whole, 1], sums[k - whole, 2], sums[k - whole, 3] = others, pp, gg, gp
         elif others == 0:
-            _update_rows(h, p, g, m, v, factor, less_decay, length, eps, room)
+            _update_rows(h, p, g, m, v, factor, less_decay, length, eps, _of_working(room, p))
         elif _orthogonal(pp, gg, gp, eps, delta / np.sqrt(p.size)):  # PROJ-3
             norm, dot = np.sqrt(pp) + eps, _dot(h, p, g, m, v, factor)
             _update_along(h, p, g, m, v, factor, less_decay, _cast(norm, p), _cast(dot / norm, p))
@@ -744,9 +779,8 @@ def _decide_slices(sizes, lines, shared, tiles, whole, slices, sums, modes, norm
 
 
 @_exact
-def _second_pass(kind, like, pointers, sizes, lines, numbers, shared, tiles, whole, modes, dots, first, end):
+def _second_pass(kind, like, pointers, sizes, lines, numbers, shared, tiles, whole, modes, dots, room, first, end):
     """The step, and where it must wait for `<p, q>`, this of the tile."""
-    room = np.empty(TILE, _working(like))
     for k in range(first, end):
         t = tiles[k, 0]
         p, g, m, v = _tensors(like, pointers[t], tiles[k])
@@ -756,7 +790,7 @@ def _second_pass(kind, like, pointers, sizes, lines, numbers, shared, tiles, who
         if modes[k - whole] == _PLAIN:
             _update(h, p, g, m, v, factor, _cast(decay, p))
         elif modes[k - whole] == _CHANNEL:
-            _update_rows(h, p, g, m, v, factor, _cast(less_decay, p), sizes[t, 2], eps, room)
+            _update_rows(h, p, g, m, v, factor, _cast(less_decay, p), sizes[t, 2], eps, _of_working(room, p))
         else:
             dots[k - whole] = _dot(h, p, g, m, v, factor)
 
@@ -778,9 +812,12 @@ def _join_dots(sizes, tiles, whole, slices, modes, dots):
 
 
 @_exact
-def _third_pass(kind, like, pointers, sizes, lines, numbers, shared, tiles, whole, modes, norms, dots, first, end):
+def _third_pass(kind, like, pointers, sizes, lines, numbers, shared, tiles, whole, modes, norms, dots, taken, room):
     """The step of what has waited."""
-    for k in range(first, end):
+    while True:
+        k = whole + _fetch_add(taken.ctypes.data, 1)
+        if k >= len(tiles):
+            return
         if modes[k - whole] >= _LAYER:
             t = tiles[k, 0]
             p, g, m, v = _tensors(like, pointers[t], tiles[k])

@@ -228,7 +228,7 @@ def _coefficients(tensor, coefficients):
 def _one_minus_exp(x):
     """1 - exp(x) for x < 0, without cancellation: what rounding does to the power, its logarithm undoes."""
     power = tl.exp(x)
-    return tl.where(power < 0.5, 1 - power, (1 - power) * x / tl.log(power))
+    return tl.where(power < 0.5, 1 - power, tl.where(power == 1, -x, (1 - power) * x / tl.log(power)))
 
 
 @triton.jit

@@ -74,12 +74,34 @@ def _contender(algorithm: str, way: str, package: str, module: str | Callable[[]
     return Contender(f"{cls.lower()}-{way}", algorithm, package, make)
 
 
+def _floor(algorithm: str) -> Contender:
+    """PyTorch's fused optimizer, after one look at parameter and gradient of every matrix.
+
+    No AdamP or SGDP can decide before it has seen both, nor begin to write before it has decided.
+    """
+    base: type[Optimizer] = getattr(torch.optim, _PLAIN[algorithm])
+
+    class Floor(base):  # type: ignore[misc, valid-type]
+        @torch.no_grad()
+        def step(self, closure: None = None) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if p.ndim > 1:
+                        p.sum()
+                        p.grad.sum()
+            super().step(closure)
+
+    name = f"{_CLASSES[algorithm].lower()}-floor"
+    return Contender(name, algorithm, "torch", lambda params: Floor(params, **_OPTIONS[algorithm], fused=True))
+
+
 def _all(algorithm: str) -> list[Contender]:
     plain, ours = ("torch", "torch.optim"), ("adamp-parity", "adamp_torch")
     return [
         _contender(algorithm, "loop", *plain, foreach=False, fused=False),
         _contender(algorithm, "foreach", *plain, foreach=True),
         _contender(algorithm, "fused", *plain, fused=True),
+        _floor(algorithm),
         _contender(algorithm, "single", *ours, foreach=False, fused=False),
         _contender(algorithm, "foreach", *ours, foreach=True),
         _contender(algorithm, "fused", *ours, fused=True),

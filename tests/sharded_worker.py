@@ -1,6 +1,9 @@
 """What each of several processes does in the tests of sharded parameters: all are given the same calls."""
 
 import copy
+import itertools
+import math
+import random
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
@@ -168,6 +171,61 @@ def flags(algorithm, options):
     return sharded._step_supports_amp_scaling
 
 
+def one_follows(algorithm, x, layout, over, placements):
+    """Whether two steps of one tensor follow the plain ones: a random gradient, then one without some radial part."""
+    plain = nn.Parameter(x.clone())
+    part = nn.Parameter(distribute_tensor(x.clone(), over, placements, src_data_rank=None))
+    own, theirs = (make(algorithm, [p], layouts={p: layout}, delta=0.7) for p in (plain, part))
+    rows = layout.rows(tuple(x.shape))
+    for axes in ((), rows.row if x.numel() % 2 else rows.layer):
+        g = torch.randn(x.shape, generator=torch.Generator().manual_seed(x.numel()), dtype=x.dtype)
+        if axes:
+            y, z = (t.detach().reshape(rows.shape) for t in (plain, g))
+            g = (z - y * (z * y).sum(axes, keepdim=True) / (y * y).sum(axes, keepdim=True)).reshape(x.shape)
+        plain.grad, part.grad = g, distribute_tensor(g.clone(), over, placements, src_data_rank=None)
+        theirs.step()
+        own.step()
+    assert_follows(theirs, own)
+
+
+def random_layouts(algorithm, seed, count):
+    """Views that merge and split axes, cut along two dimensions of a mesh; the roles of the axes that occurred."""
+    rng = random.Random(seed)
+    roles = set()
+    for i in range(count):
+        factors = [rng.choice([1, 2, 2, 3, 4]) for _ in range(rng.randint(2, 5))]
+        shape, view = (merged(factors, rng) for _ in range(2))
+        axes = rng.sample(range(len(view)), len(view))
+        channel = rng.randint(1, max(1, len(axes) - 1))
+        layout = Layout(axes[:channel], axes[channel : channel + rng.randint(0, 1)], view)
+        placements = rng.choices([Replicate(), *map(Shard, range(len(shape)))], k=2)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        try:
+            one_follows(algorithm, x, layout, mesh((2, 2)), placements)
+        except AssertionError as error:
+            raise AssertionError(f"{shape} as {layout} on {placements}: {error}") from error
+        if layout.rows(shape).projects:
+            roles.update(sharding.read_axes(shape, layout.rows(shape)).roles)
+    return sorted(roles)
+
+
+def merged(factors, rng):
+    """A shape whose axes are products of one or two factors."""
+    shape, rest = [], list(factors)
+    while rest:
+        n = rng.randint(1, 2)
+        shape.append(math.prod(rest[:n]))
+        rest = rest[n:]
+    return tuple(shape)
+
+
+def three_dimensions(algorithm):
+    """All placements on a mesh of three dimensions, one of a single process."""
+    over = init_device_mesh("cpu", (2, 1, 2))
+    for placements in itertools.product([Shard(0), Shard(1), Replicate()], repeat=3):
+        one_follows(algorithm, values(0)[0], Layout(), over, placements)
+
+
 # --- what a step costs -----------------------------------------------------------------------------------------------
 
 
@@ -240,9 +298,9 @@ class Operations(TorchDispatchMode):
         self.bytes -= size
 
 
-def host_reads(algorithm):
-    """How many values a capturable step reads on the host."""
-    plain, sharded = pair(algorithm, (2, 2), (Shard(0), Shard(1)), capturable=True)
+def host_reads(algorithm, capturable):
+    """How many values a step reads on the host."""
+    plain, sharded = pair(algorithm, (2, 2), (Shard(0), Shard(1)), capturable=capturable)
     for t in range(2):
         give(sharded, plain.param_groups[0]["params"], t)
         with Operations() as seen:

@@ -103,16 +103,16 @@ def test_a_plan_covers_every_element_once_in_each_pass(threads):
     assert plan.slices.ravel().tolist() == sorted(plan.slices.ravel().tolist())
     assert len(plan.slices) == 1 + 1 + 2 + 1
     assert len(plan.waves) > 1
-    assert [first for first, _, _ in plan.waves] == [0, *(end for _, end, _ in plan.waves[:-1])]
-    assert plan.waves[-1][1] == len(plan.slices)
-    for second, start in ((False, 0), (True, plan.whole)):
-        taken = sorted(tile for job in plan.jobs if job.second == second for tile in range(job.first, job.end))
+    assert plan.waves[0, 0] == 0
+    assert (plan.waves[1:, 0] == plan.waves[:-1, 1]).all()
+    assert plan.waves[-1, 1] == len(plan.slices)
+    for second, start in ((0, 0), (1, plan.whole)):
+        taken = sorted(tile for a, b, which, _ in plan.jobs.tolist() if which == second for tile in range(a, b))
         assert taken == list(range(start, len(plan.tiles)))
-    begun = [job for job in plan.jobs if not job.second]
-    for wave, (_, _, jobs) in enumerate(plan.waves):
-        assert sum(job.wave == wave for job in begun) == jobs
-        last = max(i for i, job in enumerate(plan.jobs) if job.wave == wave and not job.second)
-        assert all(i > last for i, job in enumerate(plan.jobs) if job.wave == wave and job.second)
+    for wave, (_, _, jobs) in enumerate(plan.waves.tolist()):
+        passes = plan.jobs[plan.jobs[:, 3] == wave, 2].tolist()
+        assert passes == sorted(passes)
+        assert passes.count(0) == jobs
 
 
 # --- which tensors ---------------------------------------------------------------------------------------------------
@@ -212,14 +212,14 @@ def test_the_number_of_threads_changes_no_bit(algorithm, threads):
 
 def test_as_many_threads_work_as_pytorch_has(threads, monkeypatch):
     seen = set()
-    kernel = fused._first_pass
-    monkeypatch.setattr(fused, "_first_pass", lambda *x: (seen.add(threading.get_ident()), kernel(*x))[1])
+    kernel = fused._take_jobs
+    monkeypatch.setattr(fused, "_take_jobs", lambda *x: (seen.add(threading.get_ident()), kernel(*x))[1])
     threads(1)
     run("adamp", steps=10)
     assert seen == {threading.get_ident()}
     threads(3)
     run("adamp", steps=10)
-    assert 1 < len(seen) <= 3
+    assert len(seen) == 3
 
 
 def test_optimizers_step_at_the_same_time():
