@@ -76,7 +76,10 @@ class AdamP(ProjectedOptimizer):
       foreach: step many tensors at once. Results differ from those of the loop by rounding. The default is True
         for plain tensors on CUDA and the like, False elsewhere, as in torch.optim. Intermediate tensors hold
         up to 8 numbers of the working dtype for each of 2**25 elements, or of the largest parameter.
-      fused: only `None` and `False` are available yet.
+      fused: step all tensors of all groups with kernels of this package, compiled at the first step: by numba on CPU,
+        by Triton on CUDA. The default is True for plain tensors on CPU where numba is installed, False elsewhere:
+        on CUDA the kernels have been checked, but not measured. With `fused=True`, torch.amp.GradScaler leaves
+        unscaling to the step. torch.compile takes another path.
       capturable: keep `step` on the parameter's device and never read it on the host.
       differentiable: let autograd run through the step.
       maximize: ascend instead of descend.

@@ -136,6 +136,18 @@ class ProjectedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if getattr(self, "found_inf", None) is None:
+            self._update()
+        else:
+            self._update_unscaled()
+        return loss
+
+    @torch._disable_dynamo
+    def _update_unscaled(self) -> None:
+        """The same where torch.amp.GradScaler leaves it to the fused path to unscale; compiled steps take another."""
+        self._update()
+
+    def _update(self) -> None:
         rows = [self._check_gradients(i) for i in range(len(self.param_groups))]
         fused: dict[torch.device, list[Batch]] = {}
         shards: list[Shard] = []
@@ -154,7 +166,6 @@ class ProjectedOptimizer(Optimizer):
             self._step_on(device, batches)
         if shards:
             step_shards(shards, self._directions, partial(self._step_plain, foreach=False))
-        return loss
 
     def _step_on(self, device: torch.device, batches: list[Batch]) -> None:
         """Steps what is on one device, but for what its kernels do not know, which is stepped tensor by tensor.
@@ -174,7 +185,7 @@ class ProjectedOptimizer(Optimizer):
         fit = [batch if all(k) else batch.pick([i for i, x in enumerate(k) if x]) for batch, k in pairs]
         self._step_fused(kernels, fit, grad_scale, found_inf)
         for batch, k in pairs:
-            if not all(k):
+            if not all(k) and (found_inf is None or not found_inf.item()):
                 rest = batch.pick([i for i, x in enumerate(k) if not x])
                 if grad_scale is not None:
                     rest = rest._replace(grads=[g.to(working_dtype(g.dtype)) / grad_scale for g in rest.grads])
@@ -188,7 +199,8 @@ class ProjectedOptimizer(Optimizer):
     def _check_gradients(self, i: int) -> list[Rows]:
         """The rows of the parameters of group `i` that have a gradient, all of them fit to be stepped."""
         group = self.param_groups[i]
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             self._check_hyperparameters(group)  # a scheduler, or the user, may have changed them
             check_path(group)
             if self._had_matrices[i : i + 1] == [True] and not _has_matrices(group):
@@ -214,7 +226,7 @@ class ProjectedOptimizer(Optimizer):
                     f"the gradient of parameter {self._path(i, j)!r} has shape {tuple(grad.shape)}, "
                     f"the parameter {tuple(param.shape)}: compute the gradient again after resizing a parameter"
                 )
-            if torch.compiler.is_compiling():
+            if compiling:
                 continue  # tracing may run twice, before and after `_init_group` has made the state
             state = self.state.get(param)
             if not state:
@@ -350,7 +362,7 @@ def _step_tensor(value: float | Tensor, param: Tensor, group: Group) -> Tensor:
     """The step counter where torch.optim keeps it: on the host, unless the step must be capturable."""
     device = param.device if group["capturable"] else torch.device("cpu")
     dtype = torch.float32 if group["capturable"] else _get_scalar_dtype()
-    return torch.as_tensor(value, dtype=dtype, device=device)
+    return torch.as_tensor(value, dtype=dtype, device=device).reshape(())
 
 
 def _check_lr(lr: float | Tensor) -> float | Tensor:

@@ -756,9 +756,6 @@ def test_checkpoints_continue_bit_for_bit(setup, change):
         assert t.shape == ()
 
 
-@pytest.mark.xfail(
-    reason="`_step_tensor` keeps the shape that a checkpoint brings; the fused path then raises a TypeError"
-)
 @each_path
 @both
 def test_a_counter_of_one_element_becomes_a_scalar(algorithm, path):
@@ -1047,7 +1044,6 @@ def test_a_compiled_step_is_one_graph(algorithm, path):
 
 
 @pytest.mark.skipif(not FUSED, reason="no kernels for the CPU: numba is missing")
-@pytest.mark.xfail(reason="the paths that a compiled step takes know nothing of `grad_scale` and `found_inf`")
 @both
 def test_a_compiled_step_of_the_fused_path_unscales_too(algorithm):
     """test_grad_scaling_autocast_fused_optimizers: GradScaler has been told that the step does it."""

@@ -590,13 +590,13 @@ BAD_OPTIONS = [
     ("adamp", {"wd_ratio": float("inf")}, ValueError, "wd_ratio"),
     ("adamp", {"nesterov": 1}, TypeError, "nesterov"),
     ("adamp", {"foreach": True, "differentiable": True}, RuntimeError, "foreach=None"),
-    ("adamp", {"fused": True}, RuntimeError, "fused=None"),
+    ("adamp", {"fused": True, "differentiable": True}, RuntimeError, "fused=None"),
     ("sgdp", {"momentum": 1.0}, ValueError, "momentum"),
     ("sgdp", {"dampening": 1.1}, ValueError, "dampening"),
     ("sgdp", {"momentum": 0, "nesterov": True}, ValueError, "nesterov"),
     ("sgdp", {"project_momentum": "no"}, TypeError, "project_momentum"),
     ("sgdp", {"foreach": True, "differentiable": True}, RuntimeError, "foreach=None"),
-    ("sgdp", {"fused": True}, RuntimeError, "fused=None"),
+    ("sgdp", {"fused": True, "differentiable": True}, RuntimeError, "fused=None"),
     ("sgdp", {"layouts": Layout(1)}, TypeError, "mapping"),
 ]
 
