@@ -88,7 +88,7 @@ class OptimizerAdapter:
 
 
 class TorchAdapter(OptimizerAdapter):
-    """`adamp_torch.AdamP` and `SGDP`: the loop over tensors (`eager`), many at once (`foreach`), own kernels (`fused`)."""
+    """`adamp_torch.AdamP` and `SGDP`: tensor by tensor (`eager`), many at once (`foreach`), own kernels (`fused`)."""
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
