@@ -139,7 +139,7 @@ def test_the_oracle_imports_numpy_only():
     ("package", "allowed"),
     [
         ("adamp_spec", set()),
-        ("adamp_torch", {"adamp_spec", "torch"}),
+        ("adamp_torch", {"adamp_spec", "torch", "numba", "llvmlite", "triton"}),
         ("adamp_tf", {"adamp_spec", "keras"}),
         ("adamp_jax", {"adamp_spec", "jax", "optax"}),
     ],
