@@ -23,7 +23,6 @@ from adamp_torch._foreach import (
     load_all,
     parts,
     per_tensor,
-    pick,
     stack,
     stack_rows,
     step_keys,
@@ -32,7 +31,7 @@ from adamp_torch._foreach import (
     unstack,
 )
 from adamp_torch._layouts import Group, Table
-from adamp_torch._paths import Batch
+from adamp_torch._paths import Batch, pick
 from adamp_torch._projection import Directions, Project, project
 
 
@@ -87,9 +86,9 @@ class AdamP(ProjectedOptimizer):
     Raises:
       ValueError: a hyperparameter outside its domain; a layout that fits no parameter, or not its own.
       TypeError: a hyperparameter of another type; a parameter of another dtype.
-      RuntimeError: `fused` is True, or `foreach` and `differentiable` are; a parameter has been flattened, as by
-        FullyShardedDataParallel (FSDP1) or DeepSpeed ZeRO; a DTensor has Partial placements, or is to be
-        differentiated through.
+      RuntimeError: `foreach`, `fused` and `differentiable` exclude each other; `fused` is True on another device, or
+        without the package that compiles the kernels; a parameter has been flattened, as by FullyShardedDataParallel
+        (FSDP1) or DeepSpeed ZeRO; a DTensor has Partial placements, or is to be differentiated through.
     """
 
     MOMENTS = ("exp_avg", "exp_avg_sq")

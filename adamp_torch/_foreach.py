@@ -7,7 +7,7 @@ axis (SPEC: LAYOUT-2), so that what is defined for one tensor holds for a stack:
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,6 @@ from adamp_torch._base import working_dtype
 
 # Elements of a part. Intermediate tensors live no longer than their part: this bounds them, whatever the model's size.
 PART = 1 << 25
-
-T = TypeVar("T")
 
 
 class Stack(NamedTuple):
@@ -65,11 +63,6 @@ def _part(params: Sequence[Tensor], stacks: list[list[int]]) -> Part:
     ends = [sum(map(len, stacks[: k + 1])) for k in range(len(stacks))]
     placed = [Stack(x, slice(end - len(x), end)) for x, end in zip(stacks, ends, strict=True)]
     return Part(together, working_dtype(params[together[0]].dtype), placed)
-
-
-def pick(x: Sequence[T], indices: Sequence[int]) -> list[T]:
-    """The entries of `x` at `indices`."""
-    return [x[i] for i in indices]
 
 
 def load_all(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -25,7 +25,7 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from adamp_spec import Rows, one_minus_power
-from adamp_torch._paths import Batch
+from adamp_torch._paths import Batch, is_plain
 
 TILE = 1 << 15  # elements; what a tile holds of all tensors fits into a second-level cache
 SHARE = 1 << 16  # elements that a thread takes at once
@@ -77,15 +77,12 @@ def knows(tensors: tuple[Any, ...]) -> bool:
     and elements from the outermost to the innermost. (So are PyTorch's own weights, channels_last ones included.)
     """
     param, grad, *moments, rows = tensors
-    if type(param) not in _PLAIN_TYPES or grad.dtype != param.dtype:
+    if not is_plain(param) or grad.dtype != param.dtype:
         return False
     for moment in moments:
         if moment.dtype != param.dtype or not _same_strides(param, moment):
             return False
     return _sizes(param.shape, param.stride(), rows) is not None
-
-
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def _same_strides(x: Tensor, y: Tensor) -> bool:

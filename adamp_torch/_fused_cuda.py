@@ -24,7 +24,7 @@ from torch import Tensor
 
 from adamp_spec import Rows, one_minus_power
 from adamp_torch._base import working_dtype
-from adamp_torch._paths import Batch
+from adamp_torch._paths import Batch, is_plain
 
 TILE = 4096  # elements
 
@@ -411,7 +411,7 @@ def knows(x: tuple[Any, ...]) -> bool:
     """Whether the kernels can step `(param, grad, *moments, rows)`."""
     *tensors, rows = x
     plain = all(
-        type(x) in (Tensor, torch.nn.Parameter)
+        is_plain(x)
         and x.device == tensors[0].device
         and x.layout is torch.strided
         and x.dtype in _TYPES

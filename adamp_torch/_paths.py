@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Iterable, Sequence
 from functools import cache
 from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,18 @@ from torch.optim.optimizer import _default_to_fused_or_foreach
 
 from adamp_spec import Rows, check_flag
 from adamp_torch._layouts import Group
+
+T = TypeVar("T")
+
+
+def pick(x: Sequence[T], indices: Sequence[int]) -> list[T]:
+    """The entries of `x` at `indices`."""
+    return [x[i] for i in indices]
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether `x` is a tensor or a parameter itself, and not of a subclass, such as a DTensor."""
+    return type(x) in (Tensor, torch.nn.Parameter)
 
 
 class Batch(NamedTuple):
@@ -37,9 +49,9 @@ class Batch(NamedTuple):
 
     def pick(self, indices: Sequence[int]) -> Batch:
         """The same for some of the parameters."""
-        params, grads, steps = ([x[i] for i in indices] for x in (self.params, self.grads, self.steps))
-        moments = [[x[i] for i in indices] for x in self.moments]
-        return Batch(params, grads, moments, steps, [self.rows[i] for i in indices], self.options)
+        params, grads, steps = (pick(x, indices) for x in (self.params, self.grads, self.steps))
+        moments = [pick(x, indices) for x in self.moments]
+        return Batch(params, grads, moments, steps, pick(self.rows, indices), self.options)
 
     def by_device(self) -> dict[torch.device, Batch]:
         """The same for the parameters on each device."""
@@ -101,8 +113,7 @@ def choose_path(params: list[Tensor], group: Group) -> Path:
         return "fused"
     if group["foreach"] is not None or group["differentiable"]:
         return "foreach" if group["foreach"] else "single"
-    plain = all(type(param) in (Tensor, torch.nn.Parameter) for param in params)
-    may_fuse = group["fused"] is None and plain and not torch.compiler.is_compiling()
+    may_fuse = group["fused"] is None and all(map(is_plain, params)) and not torch.compiler.is_compiling()
     if may_fuse and _device_types(params) == {"cpu"} and fused_kernels("cpu") is not None:
         return "fused"
     return "foreach" if _default_to_fused_or_foreach(params, group["differentiable"])[1] else "single"

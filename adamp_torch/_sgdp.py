@@ -19,9 +19,9 @@ from adamp_torch._base import (
     store,
     working_dtype,
 )
-from adamp_torch._foreach import load_all, parts, pick, stack, stack_rows, store_all, unstack
+from adamp_torch._foreach import load_all, parts, stack, stack_rows, store_all, unstack
 from adamp_torch._layouts import Group, Table
-from adamp_torch._paths import Batch
+from adamp_torch._paths import Batch, pick
 from adamp_torch._projection import Directions, Project, project
 
 
@@ -60,9 +60,9 @@ class SGDP(ProjectedOptimizer):
     Raises:
       ValueError: a hyperparameter outside its domain; a layout that fits no parameter, or not its own.
       TypeError: a hyperparameter of another type; a parameter of another dtype.
-      RuntimeError: `fused` is True, or `foreach` and `differentiable` are; a parameter has been flattened, as by
-        FullyShardedDataParallel (FSDP1) or DeepSpeed ZeRO; a DTensor has Partial placements, or is to be
-        differentiated through.
+      RuntimeError: `foreach`, `fused` and `differentiable` exclude each other; `fused` is True on another device, or
+        without the package that compiles the kernels; a parameter has been flattened, as by FullyShardedDataParallel
+        (FSDP1) or DeepSpeed ZeRO; a DTensor has Partial placements, or is to be differentiated through.
     """
 
     MOMENTS = ("momentum",)

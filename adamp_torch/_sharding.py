@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from adamp_spec import Rows
-from adamp_torch._paths import Batch
+from adamp_torch._paths import Batch, is_plain
 from adamp_torch._projection import Decision, Directions, Sums, Tally, decide, row_sums, subtract, tally
 
 T = TypeVar("T", Sums, Tally)
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 def is_sharded(x: Tensor) -> bool:
     """Whether `x` is a DTensor. (Plain tensors do not make anyone wait for `torch.distributed.tensor`.)"""
-    if type(x) in (Tensor, torch.nn.Parameter) or not torch.distributed.is_available():
+    if is_plain(x) or not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
 
