@@ -8,12 +8,12 @@ spans tiles. Sums are formed in an order that the number of threads does not cha
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
-from threading import local
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,8 +28,8 @@ from adamp_spec import Rows, one_minus_power
 from adamp_torch._paths import Batch, is_plain
 
 TILE = 1 << 15  # elements; what a tile holds of all tensors fits into a second-level cache
-SHARE = 1 << 16  # elements that a thread takes at once
-WAVE = 1 << 17  # elements per thread between a first and a second look at them
+SHARE = 1 << 18  # elements that a thread takes at once
+WAVE = 1 << 16  # elements per thread between a first and a second look at them
 BLOCK = 1 << 9  # elements that are added up in the working dtype, in the order that the compiler likes best
 ROWS = 1 << 8  # sums of rows that are added up in double, likewise
 
@@ -120,10 +120,10 @@ class Plan(NamedTuple):
         never projected, and slices of one tile.
       whole: how many these are.
       slices: int64, (slices, 2): first tile and end, counted from `whole`, of each slice of several tiles.
-      jobs: int64, (jobs, 4), in the order in which they are to be begun: first tile, end, 1 for the second pass, and
-        the wave that they belong to or -1. What a job waits for comes before it.
-      waves: int64, (waves, 3): first slice, end, jobs of the first pass. What these have read is still in a cache when
-        the second pass reads it again.
+      jobs: int64, (jobs, 3), in the order in which they are to be begun: first tile, end, and the wave that they
+        belong to; those that can be done in one go belong to none and come last, as a wave that does not exist.
+      waves: int64, (waves, 3): first slice, end, jobs. What these have read is still in a cache when the second pass
+        reads it again.
     """
 
     tiles: np.ndarray
@@ -159,10 +159,9 @@ def _plan(sizes: tuple[tuple[int, int, int], ...], threads: int) -> Plan:
     def jobs(first: int, end: int, wave: int) -> list[list[int]]:
         marks = np.arange(done[first], done[end], SHARE)
         bounds = np.unique(np.append(np.searchsorted(done[first:end], marks), end - first)) + first
-        return [[a, b, 0, wave] for a, b in pairwise(bounds.tolist())]
+        return [[a, b, wave] for a, b in pairwise(bounds.tolist())]
 
-    begun: list[list[int]] = []
-    waiting: list[list[int]] = []
+    in_order: list[list[int]] = []
     waves: list[list[int]] = []
     elements = done[n + np.array(edges)]
     start = 0
@@ -170,16 +169,15 @@ def _plan(sizes: tuple[tuple[int, int, int], ...], threads: int) -> Plan:
         stop = int(np.searchsorted(elements, elements[start] + threads * WAVE, "right")) - 1
         stop = max(stop, start + 1)
         own = jobs(n + edges[start], n + edges[stop], len(waves))
-        begun += own + waiting
-        waiting = [[a, b, 1, wave] for a, b, _, wave in own]
+        in_order += own
         waves.append([start, stop, len(own)])
         start = stop
-    begun += waiting + jobs(0, n, -1)
+    in_order += jobs(0, n, len(waves))
     return Plan(
         tiles,
         n,
         np.array(list(pairwise(edges)), np.int64).reshape(-1, 2),
-        np.array(begun, np.int64).reshape(-1, 4),
+        np.array(in_order, np.int64).reshape(-1, 3),
         np.array(waves, np.int64).reshape(-1, 3),
     )
 
@@ -205,7 +203,7 @@ def _step(
         if not batch.params:
             continue
         options = batch.options
-        torch._foreach_add_(batch.steps, 1)
+        torch._foreach_add_(batch.steps, torch.tensor(1.0), alpha=1)  # a number would be made a tensor for each
         counts = torch.stack(batch.steps).tolist()
         lr = float(options["lr"])
         factor = (-1.0 if options["maximize"] else 1.0) / (1.0 if grad_scale is None else float(grad_scale))
@@ -244,12 +242,51 @@ def _passes(
 
 
 def _in_threads(kernel: Callable[..., None], *arguments: Any) -> None:
-    """Runs a kernel on as many threads as PyTorch's own operations use; among themselves they share out the work."""
-    others = torch.get_num_threads() - 1
-    helpers = [_pool(os.getpid(), others).submit(lambda: kernel(*arguments, _room())) for _ in range(others)]
-    kernel(*arguments, _room())
-    for helper in helpers:
-        helper.result()
+    """Runs a kernel on as many threads as PyTorch's own operations use; among themselves they share out the work.
+
+    They are PyTorch's own threads where these can be had. Others would have to be woken, and to share the cores with
+    PyTorch's, which stay awake for a while after each operation.
+    """
+    errors: list[BaseException] = []
+
+    def run(_: object = None) -> None:
+        try:
+            room = _rooms.pop()
+        except IndexError:
+            room = np.empty((3, ROWS)), np.empty(TILE, np.float32), np.empty(TILE, np.float64)
+        try:
+            kernel(*arguments, room)
+        except BaseException as error:  # C, which may have called this, lets none through
+            errors.append(error)
+        _rooms.append(room)
+
+    threads = torch.get_num_threads()
+    if threads > 1 and _OPENMP and os.getpid() == _PROCESS:
+        _OPENMP(_BODY(run), None, threads, 0)
+    else:
+        others = [_pool(os.getpid(), threads - 1).submit(run) for _ in range(threads - 1)]
+        run()
+        for other in others:
+            other.result()
+    if errors:
+        raise errors[0]
+
+
+_BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_PROCESS = os.getpid()  # a team of OpenMP's does not survive a fork
+
+
+def _openmp() -> Any:
+    """What GCC compiles a parallel region to, if PyTorch has brought a library that has it."""
+    try:
+        function = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, TypeError):  # the latter on Windows
+        return None
+    function.argtypes, function.restype = [_BODY, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return function
+
+
+_OPENMP = _openmp()
 
 
 @lru_cache(maxsize=1)
@@ -258,14 +295,8 @@ def _pool(pid: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="adamp")
 
 
-_own = local()
-
-
-def _room() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a thread writes down: sums of rows, and a row of each working dtype."""
-    if not hasattr(_own, "room"):
-        _own.room = np.empty((3, ROWS)), np.empty(TILE, np.float32), np.empty(TILE, np.float64)
-    return _own.room
+_rooms: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+"""What a thread writes down: sums of rows, and a row of each working dtype. These are free at the moment."""
 
 
 # The kernels. `like` is an array that stands for a dtype: that in which memory is read.
@@ -692,25 +723,40 @@ def _take_jobs(
     taken,
     room,
 ):
-    """Jobs in their order, until none is left. `missing` counts, per wave, jobs of the first pass and the decision."""
+    """Jobs in their order, until none is left. `missing` counts, per wave, jobs and then the decision.
+
+    A thread takes its second look at tiles that it has looked at itself: they are in its own core's cache. It waits
+    only for jobs of a wave before that of its own latest job, which other threads have begun already.
+    """
+    mine = np.empty(len(jobs), np.int64)
+    again = seen = 0
     while True:
         k = _fetch_add(taken.ctypes.data, 1)
-        if k >= len(jobs):
-            return
-        first, end, second, wave = jobs[k]
-        counter = missing[wave:].ctypes.data
-        if second:
-            while _fetch_add(counter, 0) >= 0:
-                pass  # what it waits for has been begun before, by a thread that waits for nothing that comes later
+        wave = len(waves) + 2
+        if k < len(jobs):
+            first, end, wave = jobs[k]
+            _first_pass(kind, like, pointers, sizes, lines, numbers, shared, tiles, whole, sums, room, first, end)
+            if wave < len(waves):
+                mine[seen] = k
+                seen += 1
+                if _fetch_add(missing[wave:].ctypes.data, -1) == 1:
+                    own = slices[waves[wave, 0] : waves[wave, 1]]
+                    _decide_slices(sizes, lines, shared, tiles, whole, own, sums, modes, norms)
+                    _fetch_add(missing[wave:].ctypes.data, -1)
+        while again < seen:
+            first, end, before = jobs[mine[again]]
+            if before == wave:
+                break
+            if _fetch_add(missing[before:].ctypes.data, 0) >= 0:
+                if before == wave - 1:
+                    break
+                continue
             _second_pass(
                 kind, like, pointers, sizes, lines, numbers, shared, tiles, whole, modes, dots, room, first, end
             )
-            continue
-        _first_pass(kind, like, pointers, sizes, lines, numbers, shared, tiles, whole, sums, room, first, end)
-        if wave >= 0 and _fetch_add(counter, -1) == 1:
-            own = slices[waves[wave, 0] : waves[wave, 1]]
-            _decide_slices(sizes, lines, shared, tiles, whole, own, sums, modes, norms)
-            _fetch_add(counter, -1)
+            again += 1
+        if k >= len(jobs):
+            return
 
 
 @_exact
