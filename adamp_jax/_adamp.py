@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamp_jax._base import Hyperparameter, decayed, hyperparameter, map_leaves, scheduled, zeros_like
+from adamp_jax._base import Hyperparameter, check_state, decayed, hyperparameter, map_leaves, scheduled, zeros_like
 from adamp_jax._layouts import Layouts, assign
 from adamp_jax._projection import project
 from adamp_spec import Rows, check_flag
@@ -73,6 +73,7 @@ def scale_by_adamp(
         del extra_args
         if params is None:
             raise ValueError("AdamP needs the parameters: call update(updates, state, params)")
+        check_state(state, ScaleByAdamPState)
         count = optax.safe_increment(state.count)
         decay = weight_decay(state.count) if callable(weight_decay) else weight_decay
 
@@ -161,21 +162,26 @@ def adamp(
       wd_ratio: Multiplies the weight decay of parameters that are projected.
       nesterov: Uses :math:`\beta_1 m + (1-\beta_1) g` for :math:`m` in the third line. Unlike
         :func:`optax.nadam`, the bias correction stays the same.
-      layouts: Which axes of each parameter are its channels. A mapping from a parameter's path
-        (such as ``"Conv_0/kernel"``), or a regular expression found in it, to an
-        :class:`adamp_spec.Layout`; the rest follow built-in rules on the names of Flax, Equinox and
-        Haiku, which :func:`adamp_jax.describe` shows. A single `Layout` replaces the rules for
-        every parameter of rank 2 and more.
+      layouts: Which axes of each parameter are its channels. By default, built-in rules on the names of
+        Flax, Equinox and Haiku say it; :func:`adamp_jax.describe` shows what they say. Otherwise
+
+        - a mapping from a parameter's path (such as ``"Conv_0/kernel"``), or a regular expression
+          found in it, to an :class:`adamp_spec.Layout`; the rules say the rest;
+        - a tree of Layouts like the parameters or a prefix of it, a single `Layout` being the shortest.
+          A Layout for a subtree is meant for its parameters of rank 2 and more, the others are
+          vectors. None stands for the rules. Dicts without dicts inside are mappings as above;
+        - a function from the parameters to one of these.
 
     Returns:
       The corresponding :class:`optax.GradientTransformationExtraArgs`.
 
     Raises:
       ValueError: A number outside its domain; at `init` and `update`, a key of `layouts` that
-        matches no parameter, two keys that match one, a layout that does not fit its parameter, and
-        a gradient or state of another shape than the parameter.
+        matches no parameter, two keys that match one, a tree of layouts or a mask without an answer
+        for a parameter, a layout that does not fit its parameter, and a gradient or state of another
+        shape or structure than the parameters.
       TypeError: A hyperparameter that is no number; at `init` and `update`, a parameter or gradient
-        that is not of a real floating-point type.
+        that is not of a real floating-point type, or a state of another transformation.
 
     .. note::
       Parameters of 16 bits are computed in float32 and their updates are float32, so that
@@ -187,8 +193,9 @@ def adamp(
       :func:`optax.inject_hyperparams` turns numbers into arrays of the parameters' dtype. In float32
       ``1 - b2`` loses three digits; in bfloat16, 0.999 becomes 1 and the updates NaN. Keep the decay
       rates out of it, ``inject_hyperparams(adamp, static_args=("b1", "b2"))``, and with parameters of
-      16 bits give it ``hyperparam_dtype=jnp.float32``. Arguments that are callable but no schedules,
-      a mask function or a `mu_dtype` such as ``jnp.float32``, belong into `static_args` as well.
+      16 bits give it ``hyperparam_dtype=jnp.float32``. Arguments that are callable but no schedules
+      belong into `static_args` as well: a mask or layouts that are a function or an Equinox module,
+      a `mu_dtype` such as ``jnp.float32``.
 
     Examples:
       >>> import jax

@@ -1,6 +1,6 @@
 """What both transformations share: hyperparameters, the decay mask, and the walk over the tree of parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.experimental.sparse import JAXSparse
 
-from adamp_jax._layouts import Layouts, assign, path_name
+from adamp_jax._layouts import Layouts, assign, path_name, spread
 from adamp_spec import Rows, check_hyperparameter
 
 Hyperparameter = float | jax.Array
@@ -34,18 +34,28 @@ def scheduled(name: str, value: optax.ScalarOrSchedule, spelling: str) -> Hyperp
     return value if callable(value) else hyperparameter(name, value, spelling)
 
 
-def decayed(weight_decay: Hyperparameter, mask: Any, params: optax.Params) -> Any:
-    """A tree like `params` that says which parameters decay; none if `weight_decay` is known to be 0."""
+def decayed(weight_decay: Hyperparameter, mask: Any, params: optax.Params) -> dict[str, bool]:
+    """Which parameters decay, by path; none if `weight_decay` is known to be 0."""
     if isinstance(weight_decay, float) and weight_decay == 0:
         mask = False
     elif mask is None:
         mask = True
     elif (flags := jax.tree.leaves(mask)) and all(map(callable, flags)):  # an Equinox module of bools is callable, too
         mask = mask(params)
-    for flag in jax.tree.leaves(mask):
+    decays = {path: flag for path, (_, flag) in spread(mask, params, "weight_decay_mask").items()}
+    for path, flag in decays.items():
         if not isinstance(flag, bool | np.bool_):
-            raise TypeError(f"weight_decay_mask must hold True and False, got {flag!r}")
-    return jax.tree.map(lambda flag, subtree: jax.tree.map(lambda _: bool(flag), subtree), mask, params)
+            raise TypeError(f"weight_decay_mask must hold True and False, got {flag!r} for {path!r}")
+    return decays
+
+
+def check_state(state: Any, kind: type) -> None:
+    """Refuses what another transformation's `init` has made, or a checkpoint restored without a target."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state must be the {kind.__name__} that init returns, got {type(state).__name__}; start from init, and "
+            "restore a checkpoint into it"
+        )
 
 
 def zeros_like(params: optax.Params, dtype: jax.typing.DTypeLike | None = None) -> optax.Params:
@@ -63,7 +73,7 @@ def map_leaves(
     updates: optax.Updates,
     params: optax.Params | None,
     layouts: Layouts,
-    decays: Any,
+    decays: Mapping[str, bool],
     *moments: optax.Updates,
 ) -> list[Any]:
     """Applies `rule` to every parameter that has a gradient.
@@ -74,7 +84,7 @@ def map_leaves(
       updates: the gradients; where one is None, so is the update, and the moments stay as they are.
       params: the parameters.
       layouts: see `adamp_jax.adamp`.
-      decays: tree of bools like `params`.
+      decays: which parameters decay, by path.
       *moments: trees like `params`.
 
     Returns:
@@ -86,9 +96,9 @@ def map_leaves(
     gradients, structure = jax.tree_util.tree_flatten_with_path(
         updates, is_leaf=lambda x: x is None or isinstance(x, JAXSparse)
     )
-    columns = [structure.flatten_up_to(tree) for tree in (params, decays, *moments)]
+    columns = [_flatten(what, tree, structure) for what, tree in (("params", params), *(("state", m) for m in moments))]
     results = []
-    for (path, g), p, decay, *old in zip(gradients, *columns, strict=True):
+    for (path, g), p, *old in zip(gradients, *columns, strict=True):
         if g is None:
             results.append((None, *old))
             continue
@@ -99,8 +109,17 @@ def map_leaves(
             raise ValueError(f"updates hold a gradient at {name!r}, where params hold no parameter")
         p, g = jnp.asarray(p), jnp.asarray(g)
         _check_leaf(name, p, g, old)
-        results.append(_apply(rule, p, g, old, assigned[name].layout.rows(p.shape), decay))
+        results.append(_apply(rule, p, g, old, assigned[name].layout.rows(p.shape), decays[name]))
     return [structure.unflatten([result[i] for result in results]) for i in range(1 + len(moments))]
+
+
+def _flatten(what: str, tree: Any, structure: Any) -> list[Any]:
+    try:
+        return structure.flatten_up_to(tree)
+    except ValueError as error:
+        raise ValueError(
+            f"{what} is not a tree like the updates; init, gradients and update must be of the same parameters: {error}"
+        ) from None
 
 
 def _apply(

@@ -1,6 +1,6 @@
 """Which axes of each parameter are its channels: the built-in rules, overrides, and a table of both."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ import optax
 
 from adamp_spec import Assignment, Layout, Rule, assign_layouts, format_layouts
 
-Layouts = Layout | Mapping[str, Layout] | None
+Layouts = Layout | Mapping[str, Layout] | Any | Callable[[optax.Params], Any] | None  # Any: a tree, see `adamp`
 
 # Names that Flax, Equinox and Haiku give by themselves. The reference is dim 0 of PyTorch's own weight (SPEC: LAYOUT).
 RULES = (
@@ -23,7 +23,6 @@ RULES = (
     Rule(r"(^|/)(kernel|w|w_i|w_h)$", Layout(-1)),  # Flax and Haiku: (k.., in, out)
 )
 DEFAULT = Layout(-1)
-VECTORS = (Rule("", Layout(None), rank=0), Rule("", Layout(None), rank=1))
 
 
 def describe(params: optax.Params, layouts: Layouts = None) -> str:
@@ -61,27 +60,78 @@ def describe(params: optax.Params, layouts: Layouts = None) -> str:
 
 def assign(params: optax.Params, layouts: Layouts) -> dict[str, Assignment]:
     """The layout of every parameter, by path (SPEC: LAYOUT-7)."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    shapes = {path_name(path): jnp.shape(leaf) for path, leaf in leaves}
-    if len(shapes) < len(leaves):
-        raise ValueError(f"several parameters share a path; the paths are {[path_name(path) for path, _ in leaves]}")
-    if isinstance(layouts, Layout):
-        return assign_layouts(shapes, {}, VECTORS, layouts)
-    if layouts is not None and not isinstance(layouts, Mapping):
-        raise TypeError(f"layouts must be None, an adamp_spec.Layout or a mapping from path to Layout, got {layouts!r}")
-    # Under optax.masked and optax.partition a key may be meant for a parameter that is hidden here,
-    # and optax.tree_map_params calls init with a placeholder that has no parameters at all.
-    nodes = jax.tree.leaves(params, is_leaf=_is_masked)
-    complete = bool(nodes) and not any(map(_is_masked, nodes))
-    return assign_layouts(shapes, layouts or {}, RULES, DEFAULT, all_used=complete)
+    shapes = {path_name(path): jnp.shape(leaf) for path, leaf in _leaves(params)}
+    if not shapes:  # optax.tree_map_params calls init with a placeholder, which is not for the user's function
+        return {}
+    if callable(layouts) and not any(isinstance(x, Layout) for x in jax.tree.leaves(layouts)):
+        layouts = layouts(params)  # but an Equinox module that holds layouts is callable, too
+    if layouts is None or (isinstance(layouts, Mapping) and jax.tree_util.all_leaves(layouts.values())):
+        # Under optax.masked and optax.partition, a key may be meant for a parameter that is hidden here.
+        nodes = jax.tree.leaves(params, is_leaf=_is_absent)
+        hides = any(isinstance(node, optax.MaskedNode) for node in nodes)
+        return assign_layouts(shapes, layouts or {}, RULES, DEFAULT, all_used=not hides)
+    for leaf in jax.tree.leaves(layouts):
+        if not isinstance(leaf, Layout):
+            raise TypeError(
+                "layouts must be None, an adamp_spec.Layout, a mapping from path to Layout, a tree of Layouts like the "
+                f"parameters or a prefix of it, or a function from the parameters to one of these, got {leaf!r}"
+            )
+    table, origins = {}, {}
+    for path, (key, layout) in spread(layouts, params, "layouts").items():
+        if layout is not None:  # what is said of a whole subtree is said of its matrices
+            table[path] = layout if key == path or len(shapes[path]) > 1 else Layout(None)
+            origins[path] = f"override {key!r}" if key else "override"
+    assigned = assign_layouts(shapes, table, RULES, DEFAULT)
+    return {path: x._replace(origin=origins.get(path, x.origin)) for path, x in assigned.items()}
+
+
+def spread(tree: Any, params: optax.Params, argument: str) -> dict[str, tuple[str, Any]]:
+    """What `tree`, which is like `params` or a prefix of it, says about each parameter.
+
+    Containers may differ in type: only their keys are compared.
+
+    Returns:
+      The path of each parameter -> the path of the leaf of `tree` that covers it, and that leaf.
+
+    Raises:
+      ValueError: nothing covers a parameter, or a leaf other than None covers none.
+    """
+    given = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)}
+    found = {}
+    for path, _ in _leaves(params):
+        keys = _keys(path)
+        covering = next((keys[:n] for n in range(len(keys) + 1) if keys[:n] in given), None)
+        if covering is None:
+            names = ["/".join(each) for each in given]
+            raise ValueError(f"{argument} is a tree without a leaf for parameter {path_name(path)!r}; it has {names}")
+        found[path_name(path)] = "/".join(covering), given[covering]
+    # What is None or hidden among the parameters may have leaves in `tree`, at it, above it and below it.
+    nodes = {_keys(path) for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_absent)}
+    above = {keys[:n] for keys in {(), *nodes} for n in range(len(keys) + 1)}
+    for keys, leaf in given.items():
+        if leaf is not None and keys not in above and not any(keys[:n] in nodes for n in range(len(keys))):
+            raise ValueError(f"{argument} is a tree with a leaf at {'/'.join(keys)!r}, where there is no parameter")
+    return found
 
 
 def path_name(path: tuple[Any, ...]) -> str:
     """A leaf's path as text, without the box that Flax puts around a variable."""
+    return "/".join(_keys(path))
+
+
+def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
     if path and path[-1] == jax.tree_util.GetAttrKey("value"):
         path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def _is_masked(node: Any) -> bool:
-    return isinstance(node, optax.MaskedNode)
+def _leaves(params: optax.Params) -> list[tuple[tuple[Any, ...], Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    names = [path_name(path) for path, _ in leaves]
+    if len(set(names)) < len(names):
+        raise ValueError(f"several parameters share a path; the paths are {names}")
+    return leaves
+
+
+def _is_absent(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode)

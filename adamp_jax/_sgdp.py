@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adamp_jax._base import decayed, hyperparameter, map_leaves, scheduled, zeros_like
+from adamp_jax._base import check_state, decayed, hyperparameter, map_leaves, scheduled, zeros_like
 from adamp_jax._layouts import Layouts, assign
 from adamp_jax._projection import project
 from adamp_spec import Rows, check_flag, check_nesterov
@@ -69,6 +69,7 @@ def scale_by_sgdp(
         del extra_args
         if params is None:
             raise ValueError("SGDP needs the parameters: call update(updates, state, params)")
+        check_state(state, ScaleBySGDPState)
         decay = weight_decay(state.count) if callable(weight_decay) else weight_decay
 
         def rule(p: jax.Array, g: jax.Array, m: jax.Array, rows: Rows, decays: bool) -> tuple[jax.Array, jax.Array]:

@@ -1,15 +1,19 @@
 """Layouts of the Optax backend: what real modules of Flax, Equinox and Haiku get, overrides, errors, examples."""
 
 import doctest
+import functools
 import importlib
+from typing import Any
 
 import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.core import freeze
 
 import adamp_jax
 from adamp_jax._layouts import assign
@@ -183,6 +187,116 @@ def test_one_layout_is_for_every_matrix_and_must_fit():
         adamp_jax.adamp(1e-3, layouts=Layout(2)).init(PARAMS)
 
 
+BY_SUBTREE = {"enc": {"kernel": Layout(2, batch=0), "mix": Layout(0)}, "dec": Layout(0)}
+BY_LEAF = {**BY_SUBTREE, "dec": {"kernel": Layout(0), "v": Layout(None)}}
+ROWS = {"enc/kernel": (2,), "enc/mix": (0,), "dec/kernel": (0,), "dec/v": None}
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: lambda params: x], ids=["tree", "function"])
+@pytest.mark.parametrize("layouts", [BY_SUBTREE, BY_LEAF], ids=["prefix", "full"])
+def test_a_tree_of_layouts(layouts, wrap):
+    assert chosen(PARAMS, wrap(layouts)) == ROWS
+    assert chosen(freeze(PARAMS), wrap(layouts)) == ROWS  # containers may differ in type
+    assert chosen(PARAMS, wrap(freeze(layouts))) == ROWS
+
+
+def test_a_function_may_give_any_form_and_sees_the_shapes():
+    assert chosen(PARAMS, lambda params: None) == chosen(PARAMS)
+    assert chosen(PARAMS, lambda params: {"mix": Layout(0)}) == chosen(PARAMS, {"mix": Layout(0)})
+    by_rank = chosen(PARAMS, lambda params: jax.tree.map(lambda p: Layout(p.ndim - 2 if p.ndim > 1 else 0), params))
+    assert by_rank == {"enc/kernel": (1,), "enc/mix": (0,), "dec/kernel": (0,), "dec/v": None}
+
+
+def test_the_table_says_what_chose():
+    table = adamp_jax.describe(PARAMS, {"enc": {"kernel": Layout(0), "mix": None}, "dec": Layout((0, 1))})
+    chosen_by = {line.split()[0]: line.split("  ")[-1].strip() for line in table.splitlines()[1:]}
+    assert chosen_by == {
+        "enc/kernel": "override 'enc/kernel'",
+        "enc/mix": "default",  # None stands for the rules
+        "dec/kernel": "override 'dec'",
+        "dec/v": "override 'dec'",  # a vector, which axis 1 is not meant for
+    }
+    assert adamp_jax.describe(PARAMS, Layout(0)).splitlines()[-1].endswith("  override")
+
+
+class Callable(eqx.Module):
+    """Holds layers, and is called itself, as most modules of Equinox are."""
+
+    first: eqx.nn.Linear
+    activation: Any
+    norm: eqx.nn.LayerNorm
+
+    def __call__(self, x):
+        return self.norm(self.activation(self.first(x)))
+
+
+def test_an_equinox_module_of_layouts_is_a_tree_not_a_function():
+    module = Callable(eqx.nn.Linear(3, 2, key=KEY), jax.nn.relu, eqx.nn.LayerNorm((2, 3)))
+    params = eqx.filter(module, eqx.is_inexact_array)
+    spec = jax.tree.map(lambda p: Layout(p.ndim - 1), params)
+    assert callable(spec)
+    rows = {"first/weight": (1,), "first/bias": None, "norm/weight": (1,), "norm/bias": (1,)}
+    assert chosen(params, spec) == rows
+    assert chosen(params, jax.tree.map(lambda _: Layout(-1), module)) == rows  # also where params have None
+    tx = optax.inject_hyperparams(adamp_jax.adamp, static_args=("layouts", "b1", "b2"))(0.1, layouts=spec)
+    tx.update(params, tx.init(params), params)
+
+
+FORMS = {
+    "mapping": {"^enc/kernel": Layout(2, batch=0), "enc/mix": Layout(0), "dec/kernel": Layout(0)},
+    "prefix": BY_SUBTREE,
+    "full": BY_LEAF,
+    "function": lambda params: BY_LEAF,
+}
+OVERRIDDEN = [("enc", "kernel"), ("enc", "mix"), ("dec", "kernel")]
+
+
+@pytest.mark.parametrize("make", [adamp_jax.adamp, functools.partial(adamp_jax.sgdp, momentum=0.9)])
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_under_the_wrappers_of_optax(make, form):
+    rng = np.random.default_rng(0)
+    params, before, grads = (
+        jax.tree.map(lambda p: jnp.asarray(rng.standard_normal(p.shape), jnp.float32), PARAMS) for _ in range(3)
+    )
+    for part, leaf in OVERRIDDEN:  # each row of the override becomes orthogonal to its gradient
+        p, g = params[part][leaf], grads[part][leaf]
+        row = 1 if p.ndim == 3 else tuple(range(1, p.ndim))
+        grads[part][leaf] = g - p * jnp.sum(g * p, row, keepdims=True) / jnp.sum(p * p, row, keepdims=True)
+
+    def update(tx):
+        @jax.jit
+        def steps():
+            _, state = tx.update(before, tx.init(params), params)
+            return tx.update(grads, state, params)[0]
+
+        return steps()
+
+    layouts = FORMS[form]
+    tx = make(0.1, layouts=layouts)
+    expected, ruled = update(tx), update(make(0.1))
+    for part, leaf in OVERRIDDEN:
+        assert jnp.max(jnp.abs(expected[part][leaf] - ruled[part][leaf])) > 1e-3
+
+    def same(updates, hidden=()):
+        wanted = {
+            part: {leaf: (grads if (part, leaf) in hidden else expected)[part][leaf] for leaf in PARAMS[part]}
+            for part in PARAMS
+        }
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), updates, wanted)
+
+    masked = optax.masked(tx, {"enc": True, "dec": False})
+    same(update(masked), {("dec", "kernel"), ("dec", "v")})
+    same(update(optax.masked(tx, {"enc": {"kernel": True, "mix": False}, "dec": True})), {("enc", "mix")})
+    same(update(optax.partition({"a": tx, "b": make(0.1, layouts=layouts)}, {"enc": "a", "dec": "b"})))
+    same(update(optax.inject_hyperparams(make, static_args="layouts")(0.1, layouts=layouts)))
+    same(update(optax.MultiSteps(tx, 1).gradient_transformation()))
+    for wrapped in (tx, masked):
+        state = wrapped.init(params)
+        ones = optax.tree_utils.tree_map_params(wrapped, jnp.ones_like, state)
+        assert jax.tree.structure(ones) == jax.tree.structure(state)
+        assert any(jnp.all(x == 1) for x in jax.tree.leaves(ones))
+
+
 def test_an_array_alone_and_lists_have_paths():
     assert chosen(jnp.ones((2, 3)), Layout(0)) == {"": (0,)}
     assert chosen([jnp.ones((2, 3)), (jnp.ones((2, 3)),)], {"^1/0$": Layout(0)}) == {"0": (1,), "1/0": (0,)}
@@ -201,6 +315,12 @@ def test_an_array_alone_and_lists_have_paths():
         ({"(": Layout(0)}, ValueError, "not a regular expression"),
         ({"enc/mix": 0}, TypeError, "must be an adamp_spec.Layout"),
         (0, TypeError, "layouts must be"),
+        (lambda params: lambda params: None, TypeError, "layouts must be .* got <function"),
+        ({"enc": {"kernel": Layout(0), "mix": 0}, "dec": Layout(0)}, TypeError, "layouts must be .* got 0"),
+        ({"enc": {"kernel": Layout(0)}, "dec": Layout(0)}, ValueError, "without a leaf for parameter 'enc/mix'"),
+        ({"enc": Layout(0), "dec": {"kernel": Layout(0)}}, ValueError, "without a leaf for parameter 'dec/v'"),
+        ({**BY_LEAF, "deck": Layout(0)}, ValueError, "leaf at 'deck', where there is no parameter"),
+        ({**BY_SUBTREE, "dec": Layout(3)}, ValueError, r"'dec/kernel' .*axis 3"),
     ],
 )
 def test_layouts_that_do_not_fit_are_refused_by_init(make, layouts, error, message):
