@@ -76,6 +76,14 @@ IMPLEMENTATIONS = (
     Implementation("torch", "sharded", "adamp_conformance.adapters.torch_sharded:ShardedAdapter", ("torch",), "torch"),
     *_ours("keras", "KerasAdapter", ("keras", "tensorflow"), "tf", "eager", "graph", "xla"),
     *_ours("optax", "OptaxAdapter", ("jax", "optax"), "jax", "eager", "jit"),
+    *(
+        Implementation("optax", execution, f"adamp_conformance.adapters.{adapter}", ("jax", "optax"), "jax")
+        for execution, adapter in (
+            ("donated", "optax:OptaxAdapter"),
+            ("x64", "optax:OptaxAdapter"),
+            ("sharded", "optax_sharded:ShardedAdapter"),
+        )
+    ),
     _peer("adamp", "AdampAdapter", "adamp"),
     _peer("timm", "TimmAdapter", "timm"),
     _peer("torch-optimizer", "TorchOptimizerAdapter", "torch_optimizer"),

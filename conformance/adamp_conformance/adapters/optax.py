@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,13 @@ _FIELDS = {"adamp": {"m": "mu", "v": "nu"}, "sgdp": {"m": "trace"}}
 
 
 class OptaxAdapter:
-    """`adamp_jax.adamp` and `sgdp` with `optax.apply_updates`, eager or under `jax.jit`."""
+    """`adamp_jax.adamp` and `sgdp` with `optax.apply_updates`.
+
+    Args:
+      execution: `eager`; `jit`; `donated`, where a compiled step may write over parameters and state; or `x64`, which
+        is `jit` with JAX's 64-bit mode on for every type, and not for float64 alone.
+      device: where the arrays are.
+    """
 
     def __init__(self, execution: str = "eager", device: str = "cpu") -> None:
         self.execution = execution
@@ -35,27 +41,29 @@ class OptaxAdapter:
         layouts = {name: x.layout for name, x in parameters.items() if x.layout is not None}
         make = adamp_jax.adamp if algorithm == "adamp" else adamp_jax.sgdp
         transform = make(**options, layouts=layouts or None)
-        self.x64 = any(x.value.dtype == np.float64 for x in parameters.values())
+        self.x64 = self.execution == "x64" or any(x.value.dtype == np.float64 for x in parameters.values())
 
         def step(parameters: Any, state: Any, gradients: Any) -> tuple[Any, Any]:
             updates, state = transform.update(gradients, state, parameters)
             return optax.apply_updates(parameters, updates), state
 
-        self.take_step = jax.jit(step) if self.execution == "jit" else step
         with self._settings():
-            self.parameters = {name: jnp.asarray(x.value) for name, x in parameters.items()}
+            self.parameters = {name: self._array(name, x.value) for name, x in parameters.items()}
             self.state = transform.init(self.parameters)
+            self.take_step = self._compiled(step, transform)
 
     def load(self, state: State) -> None:
         with self._settings():
-            self.parameters = {name: jnp.asarray(x) for name, x in state.parameters.items()}
+            self.parameters = {name: self._array(name, x) for name, x in state.parameters.items()}
             fields = {_FIELDS[self.algorithm][moment]: arrays for moment, arrays in state.moments.items()}
-            moments = {field: {name: jnp.asarray(x) for name, x in arrays.items()} for field, arrays in fields.items()}
+            moments = {
+                field: {name: self._array(name, x) for name, x in arrays.items()} for field, arrays in fields.items()
+            }
             self.state = optax.tree_utils.tree_set(self.state, count=jnp.asarray(state.step, jnp.int32), **moments)
 
     def step(self, gradients: Arrays) -> None:
         with self._settings():
-            given = {name: jnp.asarray(gradients[name]) for name in self.parameters}
+            given = {name: self._array(name, gradients[name]) for name in self.parameters}
             self.parameters, self.state = self.take_step(self.parameters, self.state, given)
 
     def dump(self) -> State:
@@ -67,6 +75,14 @@ class OptaxAdapter:
             for moment, field in _FIELDS[self.algorithm].items()
         }
         return State(int(get("count")), {name: np.array(x) for name, x in self.parameters.items()}, moments)
+
+    def _array(self, name: str, x: np.ndarray) -> jax.Array:
+        return jnp.array(x)  # a copy, that a donated buffer be nobody else's
+
+    def _compiled(self, step: Callable[..., Any], transform: optax.GradientTransformation) -> Callable[..., Any]:
+        if self.execution == "eager":
+            return step
+        return jax.jit(step, donate_argnums=(0, 1) if self.execution == "donated" else ())
 
     @contextmanager
     def _settings(self) -> Iterator[None]:
