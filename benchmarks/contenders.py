@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -43,19 +43,6 @@ class Contender:
     algorithm: str
     package: str
     make: Callable[[Parameters], Optimizer]
-
-    @property
-    def ours(self) -> bool:
-        return self.package == "adamp-parity"
-
-    @property
-    def missing(self) -> bool:
-        """Whether its package is not installed."""
-        try:
-            metadata.version(self.package)
-        except metadata.PackageNotFoundError:
-            return True
-        return False
 
 
 def path_taken(optimizer: Optimizer) -> str | None:

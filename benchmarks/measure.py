@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
@@ -18,11 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.contenders import FUSED_ACCESSES, MEASURES, Contender, Parameters, path_taken
 from benchmarks.operations import Operations
 from benchmarks.parameter_lists import Shape
-
-COPIED = 1 << 28  # bytes, several times what any cache holds
-
-Work = Callable[[], object]
-Clock = Callable[[Work], float]
+from benchmarks.rounds import COPIED, Clock, Entry, Work, compare, entry, on_host, quartiles, reason, take_turns
 
 
 def make_parameters(shapes: Iterable[Shape], dtype: torch.dtype, device: torch.device) -> Parameters:
@@ -43,9 +35,6 @@ def make_parameters(shapes: Iterable[Shape], dtype: torch.dtype, device: torch.d
     return params
 
 
-# --- rounds ----------------------------------------------------------------------------------------------------------
-
-
 def clock_of(device: torch.device) -> Clock:
     """Seconds that work on a device takes, from an idle device to an idle device."""
 
@@ -58,70 +47,7 @@ def clock_of(device: torch.device) -> Clock:
         end.synchronize()
         return begin.elapsed_time(end) / 1000
 
-    def on_host(work: Work) -> float:
-        begin = time.perf_counter()
-        work()
-        return time.perf_counter() - begin
-
     return on_cuda if device.type == "cuda" else on_host
-
-
-def interleave(
-    works: Mapping[str, Work], rounds: int, clock: Clock, before: Work
-) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Times every work once in each round, in an order that starts with another one each time.
-
-    Args:
-      works: name -> what is timed.
-      rounds: how often.
-      clock: gives the seconds of a work.
-      before: what is done before each, untimed.
-
-    Returns:
-      Name -> seconds, by round; name -> why it failed, and then it is in the first no more.
-    """
-    names = list(works)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    failures: dict[str, str] = {}
-    with _no_garbage_collection():
-        for i in range(rounds):
-            first = i % max(len(names), 1)
-            for name in names[first:] + names[:first]:
-                if name in failures:
-                    continue
-                before()
-                try:
-                    seconds[name].append(clock(works[name]))
-                except Exception as error:
-                    failures[name] = reason(error)
-                    del seconds[name]
-    return seconds, failures
-
-
-@contextmanager
-def _no_garbage_collection() -> Any:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
-def quartiles(x: Iterable[float]) -> list[float]:
-    """The first quartile, the median and the third."""
-    return [float(q) for q in np.percentile(list(x), [25, 50, 75])]
-
-
-def ratios(x: list[float], measure: list[float]) -> list[float]:
-    """Quartiles of the ratio to another contender in the same round."""
-    return quartiles(a / b for a, b in zip(x, measure, strict=True))
-
-
-def reason(error: Exception) -> str:
-    """What went wrong, in one line."""
-    text = str(error).strip() or "no message"
-    return f"{type(error).__name__}: {text.splitlines()[0]}"
 
 
 # --- one model -------------------------------------------------------------------------------------------------------
@@ -144,24 +70,18 @@ def measure(
     params = make_parameters(shapes, dtype, device)
     elements = sum(p.numel() for p in params)
     clock = clock_of(device)
+    chosen = {x.name: x for x in contenders}
+    entries = [entry(x.name, x.algorithm, x.package) for x in chosen.values()]
     moments: dict[tuple[int, int], Tensor] = {}
-    optimizers: dict[str, Optimizer] = {}
-    entries: dict[str, dict[str, Any]] = {}
-    for contender in contenders:
-        entry: dict[str, Any] = {"name": contender.name, "algorithm": contender.algorithm, "status": "measured"}
-        entries[contender.name] = entry
-        if contender.missing:
-            entry |= {"status": "missing", "reason": f"{contender.package} is not installed"}
-            continue
-        try:
-            optimizer = contender.make(params)
-            entry["first_seconds"] = clock(optimizer.step)
-            _share(optimizer, params, moments)
-            optimizer.step()
-            entry |= _costs(contender, optimizer, elements, device)
-            optimizers[contender.name] = optimizer
-        except Exception as error:
-            entry |= {"status": "failed", "reason": reason(error)}
+
+    def start(kept: Entry) -> Work:
+        contender = chosen[kept["name"]]
+        optimizer = contender.make(params)
+        kept["first_seconds"] = clock(optimizer.step)
+        _share(optimizer, params, moments)
+        optimizer.step()
+        kept |= _costs(contender, optimizer, elements, device)
+        return optimizer.step
 
     source, target = (torch.empty(COPIED, dtype=torch.uint8, device=device) for _ in range(2))
     copies: list[float] = []
@@ -171,22 +91,15 @@ def measure(
 
     copy()
     copies.clear()  # the first touches new memory
-    seconds, failures = interleave({name: x.step for name, x in optimizers.items()}, rounds, clock, copy)
-    for name, why in failures.items():
-        entries[name] |= {"status": "failed", "reason": why}
-    for name, entry in entries.items():
-        if name in seconds:
-            entry["seconds"] = seconds[name]
-            entry["quartiles"] = quartiles(seconds[name])
-            measures = [x for x in MEASURES[entry["algorithm"]] if x in seconds]
-            entry["ratios"] = {x: ratios(seconds[name], seconds[x]) for x in measures}
+    take_turns(entries, start, rounds, clock, copy)
+    compare(entries, {x.name: {y: y for y in MEASURES[x.algorithm]} for x in chosen.values()})
     return {
         "dtype": str(dtype).removeprefix("torch."),
         "tensors": len(params),
         "elements": elements,
         "rounds": rounds,
         "copy_bytes_per_second": [2 * COPIED / x for x in reversed(quartiles(copies))] if copies else None,
-        "contenders": list(entries.values()),
+        "contenders": entries,
     }
 
 

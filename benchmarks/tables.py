@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,45 +13,46 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.contenders import CONTENDERS, MEASURES
-
 Results = dict[str, Any]
+Columns = list[tuple[str, Callable[[Results], str]]]
 _TITLES = {"adamp": "AdamP", "sgdp": "SGDP"}
+_PRINTED = 1 + 6
 
 
-def _columns(run: Results, algorithm: str) -> list[tuple[str, Any]]:
-    """Heading and text of an entry, of the columns that the run has anything for."""
-    plain, official = MEASURES[algorithm]
+@dataclass(frozen=True)
+class Page:
+    """How a command tells its results.
 
-    def share(x: Results) -> str:
-        moved = x["accesses"] * run["elements"] * _SIZES[run["dtype"]]
-        return f"{moved / x['quartiles'][1] / run['copy_bytes_per_second'][1]:.0%}"
+    Attributes:
+      tool: the command, in the markers and in the names of its files.
+      document: the page in this repository.
+      caption: what the plot shows.
+      measures: by algorithm, headings of the ratios; the first is drawn.
+      columns: gives, for a run and an algorithm, headings and the text of an entry, behind those of time.
+    """
 
-    columns: list[tuple[str, Any]] = [
+    tool: str
+    document: str
+    caption: str
+    measures: Mapping[str, Sequence[str]]
+    columns: Callable[[Results, str], Columns]
+
+
+def _columns(page: Page, run: Results, algorithm: str) -> Columns:
+    def share(x: Results, heading: str) -> str:
+        low, middle, high = x["ratios"].get(heading, (None,) * 3)
+        return "" if middle is None else f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+    return [
         ("ms", lambda x: _milliseconds(x["quartiles"][1])),
         ("quartiles", lambda x: f"{_milliseconds(x['quartiles'][0])} to {_milliseconds(x['quartiles'][2])}"),
-        (f"/ {plain}", lambda x: _ratio(x["ratios"].get(plain))),
-        (f"/ {official}", lambda x: _ratio(x["ratios"].get(official))),
-        ("accesses", lambda x: f"{x['accesses']:.1f}{'*' if x['accesses_are'] == 'declared' else ''}"),
-        ("of copy bandwidth", share),
-        ("operations", lambda x: str(x["operations"])),
-        ("reads", lambda x: str(x["reads"])),
+        *((f"/ {y}", lambda x, y=y: share(x, y)) for y in page.measures[algorithm]),
+        *page.columns(run, algorithm),
     ]
-    if any("launches" in x for x in run["contenders"]):
-        columns += [(name, lambda x, name=name: str(x.get(name, ""))) for name in ("launches", "copies", "syncs")]
-    return [*columns, ("first step, s", lambda x: f"{x['first_seconds']:.2f}")]
-
-
-_PRINTED = 1 + 6
-_SIZES = {"float32": 4, "bfloat16": 2}
 
 
 def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:.3g}" if seconds < 1 else f"{seconds * 1000:.0f}"
-
-
-def _ratio(x: list[float] | None) -> str:
-    return "" if x is None else f"{x[1]:.2f} ({x[0]:.2f} to {x[2]:.2f})"
 
 
 def _name(x: Results) -> str:
@@ -58,34 +60,35 @@ def _name(x: Results) -> str:
 
 
 def _headline(run: Results) -> str:
-    low, middle, high = (f"{x / 1e9:.3g}" for x in run["copy_bytes_per_second"])
-    return (
-        f"{run['model']}, {run['dtype']}: {run['elements']:,} elements in {run['tensors']} tensors, {run['rounds']} "
-        f"rounds; copies at {middle} GB/s ({low} to {high})"
-    )
+    words = f"{run['model']}, {run['dtype']}: {run['elements']:,} elements in {run['tensors']} tensors"
+    words += f", {run['rounds']} rounds"
+    if bandwidth := run.get("copy_bytes_per_second"):
+        low, middle, high = (f"{x / 1e9:.3g}" for x in bandwidth)
+        words += f"; copies at {middle} GB/s ({low} to {high})"
+    return words
 
 
-def _tables(run: Results) -> Iterator[tuple[str, list[str], list[Results], list[list[str]], list[str]]]:
+def _tables(page: Page, run: Results) -> Iterator[tuple[str, list[str], list[Results], list[list[str]], list[str]]]:
     """By algorithm: its name, headings, entries that were measured and their cells, and words on the others."""
     for algorithm in _TITLES:
         entries = [x for x in run["contenders"] if x["algorithm"] == algorithm]
         measured = [x for x in entries if x["status"] == "measured"]
-        columns = _columns(run, algorithm)
+        columns = _columns(page, run, algorithm)
         cells = [[_name(x), *(text(x) for _, text in columns)] for x in measured]
         others = [f"{x['name']}: {x['status']}, {x['reason']}" for x in entries if x["status"] != "measured"]
         if entries:
             yield _TITLES[algorithm], ["", *(heading for heading, _ in columns)], measured, cells, others
 
 
-def show(console: Console, run: Results) -> None:
+def show(console: Console, page: Page, run: Results) -> None:
     """Prints one run, without what only a page has room for."""
     console.print(f"\n[bold]{escape(_headline(run))}")
-    for _, headings, entries, cells, others in _tables(run):
+    for _, headings, entries, cells, others in _tables(page, run):
         table = Table(*headings[:_PRINTED])
         for column in table.columns[1:]:
             column.justify = "right"
         for entry, row in zip(entries, cells, strict=True):
-            table.add_row(*row[:_PRINTED], style="bold" if CONTENDERS[entry["name"]].ours else "")
+            table.add_row(*row[:_PRINTED], style="bold" if entry["ours"] else "")
         console.print(table)
         for line in others:
             console.print(f"[yellow]{escape(line)}", soft_wrap=True, highlight=False)
@@ -94,31 +97,32 @@ def show(console: Console, run: Results) -> None:
 # --- Markdown --------------------------------------------------------------------------------------------------------
 
 
-def markers(device_type: str) -> tuple[str, str]:
+def markers(page: Page, device_type: str) -> tuple[str, str]:
     """The lines between which a page has the tables of a type of device."""
-    return f"<!-- torch_step {device_type}: begin -->", f"<!-- torch_step {device_type}: end -->"
+    return f"<!-- {page.tool} {device_type}: begin -->", f"<!-- {page.tool} {device_type}: end -->"
 
 
-def renew(page: str, results: Results, plot: str | None) -> str:
-    """The page with these results between the markers of their device.
+def renew(page: Page, text: str, results: Results, plot: str | None) -> str:
+    """The page's text with these results between the markers of their device.
 
     Args:
-      page: Markdown.
+      page: whose results.
+      text: Markdown.
       results: what the JSON file holds.
       plot: address of the plot, as seen from the page.
 
     Raises:
       ValueError: a marker is missing.
     """
-    begin, end = markers(results["environment"]["device_type"])
-    before, found_begin, rest = page.partition(begin)
+    begin, end = markers(page, results["environment"]["device_type"])
+    before, found_begin, rest = text.partition(begin)
     _, found_end, after = rest.partition(end)
     if not found_begin or not found_end:
         raise ValueError(f"the page needs the lines {begin} and {end}, between which the tables are written")
-    return "\n".join([before + begin, *_lines(results, plot), end + after])
+    return "\n".join([before + begin, *_lines(page, results, plot), end + after])
 
 
-def _lines(results: Results, plot: str | None) -> Iterator[str]:
+def _lines(page: Page, results: Results, plot: str | None) -> Iterator[str]:
     environment = results["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
     cores = f"{environment['threads']} threads of {environment['cpu_count']} logical cores"
@@ -126,16 +130,16 @@ def _lines(results: Results, plot: str | None) -> Iterator[str]:
     yield f"Python {environment['python']}, {packages}; {environment['date']}."
     if plot:
         yield ""
-        yield f"![Time of a step, relative to PyTorch's fused optimizer]({plot})"
+        yield f"![{page.caption}]({plot})"
     for run in results["runs"]:
         yield ""
         yield f"### {_headline(run)}"
-        for _, headings, entries, cells, others in _tables(run):
+        for _, headings, entries, cells, others in _tables(page, run):
             yield ""
             yield f"| {' | '.join(headings)} |"
             yield f"| --- |{' ---: |' * (len(headings) - 1)}"
             for entry, row in zip(entries, cells, strict=True):
-                name = f"**{row[0]}**" if CONTENDERS[entry["name"]].ours else row[0]
+                name = f"**{row[0]}**" if entry["ours"] else row[0]
                 yield f"| {' | '.join([name, *row[1:]])} |"
             if others:
                 yield ""
@@ -150,20 +154,21 @@ def _lines(results: Results, plot: str | None) -> Iterator[str]:
 # --- plot ------------------------------------------------------------------------------------------------------------
 
 
-def plot(results: Results, path: Path) -> None:
-    """Draws the time of a step over that of PyTorch's fused optimizer: medians, and lines between quartiles."""
+def plot(page: Page, results: Results, path: Path) -> None:
+    """Draws the first of the ratios of each algorithm: medians, and lines between quartiles."""
     runs, algorithms = results["runs"], list(_TITLES)
-    names = {a: [x.name for x in CONTENDERS.values() if x.algorithm == a] for a in algorithms}
+    entries = [x for run in runs for x in run["contenders"]]
+    names = {a: list(dict.fromkeys(x["name"] for x in entries if x["algorithm"] == a)) for a in algorithms}
     figure = Figure(figsize=(2 + 3 * len(runs), 6), layout="constrained")
     grid = figure.subplots(len(algorithms), len(runs), sharex=True, sharey="row", squeeze=False)
     for axes_of_row, algorithm in zip(grid, algorithms, strict=True):
-        plain, _ = MEASURES[algorithm]
+        plain = page.measures[algorithm][0]
         for axes, run in zip(axes_of_row, runs, strict=True):
             for x in run["contenders"]:
                 if x["algorithm"] != algorithm or plain not in x.get("ratios", {}):
                     continue
                 low, middle, high = x["ratios"][plain]
-                colour = "tab:red" if CONTENDERS[x["name"]].ours else "tab:grey"
+                colour = "tab:red" if x["ours"] else "tab:grey"
                 y = names[algorithm].index(x["name"])
                 axes.plot([low, high], [y, y], color=colour, linewidth=3, alpha=0.5)
                 axes.plot(middle, y, "o", color=colour)
@@ -177,5 +182,5 @@ def plot(results: Results, path: Path) -> None:
         axes.set_title(f"{run['model']}, {run['dtype']}", fontsize=9)
     for axes_of_row in grid:
         axes_of_row[0].invert_yaxis()
-    with matplotlib.rc_context({"svg.hashsalt": "torch_step"}):
+    with matplotlib.rc_context({"svg.hashsalt": page.tool}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
