@@ -8,7 +8,7 @@ from keras import ops
 from keras.backend import standardize_dtype
 
 from adamp_spec import check_hyperparameter
-from adamp_tf._base import ProjectedOptimizer
+from adamp_tf._base import ProjectedOptimizer, working_dtype
 from adamp_tf._layouts import LayoutTable
 
 
@@ -75,14 +75,17 @@ class AdamP(ProjectedOptimizer):
         super().build(variables)
         self._momentums, self._velocities = self.add_optimizer_variables(variables, ["momentum", "velocity"])
 
-    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+    def _coefficients(self, lr: Any) -> tuple[Any, ...]:
+        t = ops.cast(self.iterations + 1, lr.dtype)
+        bias_corrections = one_minus_powers((self.beta_1, self.beta_2), t)
+        return lr * self.weight_decay, lr / bias_corrections[0], ops.sqrt(bias_corrections[1])
+
+    def update_step(self, gradient: Any, variable: Any, coefficients: Any) -> None:
         index = self._get_variable_index(variable)
         rows, momentum, velocity = self._rows[index], self._momentums[index], self._velocities[index]
         p, g, m, v = self._load(rows, variable, gradient, momentum, velocity)
-        lr, t = ops.cast(learning_rate, p.dtype), ops.cast(self.iterations + 1, p.dtype)
+        decay, step, sqrt_bc2 = coefficients[working_dtype(variable)]
         b1, b2 = self.beta_1, self.beta_2
-        bias_corrections = one_minus_powers((b1, b2), t)
-        step, sqrt_bc2 = lr / bias_corrections[0], ops.sqrt(bias_corrections[1])
 
         m = b1 * m + (1 - b1) * g  # ADAMP-1
         v = b2 * v + (1 - b2) * g * g  # ADAMP-2
@@ -90,7 +93,7 @@ class AdamP(ProjectedOptimizer):
         q = n / (ops.sqrt(v) / sqrt_bc2 + self.epsilon)  # ADAMP-4
         q, ratio = self._project(q, p, g, rows)
         if self.weight_decay > 0 and self._decays[index]:
-            p = p * (1 - lr * self.weight_decay * ratio)  # ADAMP-5
+            p = p * (1 - decay * ratio)  # ADAMP-5
         p = p - step * q  # ADAMP-6
 
         self._store(variable, p)

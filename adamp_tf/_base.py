@@ -125,16 +125,32 @@ class ProjectedOptimizer(keras.optimizers.Optimizer):
     def _apply_weight_decay(self, variables: Any) -> None:
         """Nothing: the decay needs the projection's decision, so `update_step` does it."""
 
+    def _backend_update_step(
+        self, grads: Sequence[Any], trainable_variables: Sequence[Any], learning_rate: Any
+    ) -> None:
+        """Computes what the variables' steps share, once per step.
+
+        Keras takes it to each `update_step` in place of the learning rate: into the branch of a
+        condition, a replica, a compiled function.
+        """
+        dtypes = sorted({working_dtype(variable) for variable in trainable_variables})
+        shared = {dtype: self._coefficients(ops.cast(learning_rate, dtype)) for dtype in dtypes}
+        super()._backend_update_step(grads, trainable_variables, shared)
+
+    def _coefficients(self, lr: Any) -> tuple[Any, ...]:
+        """The scalars of one step that depend on no variable, in the dtype of `lr`."""
+        raise NotImplementedError
+
     def _load(self, rows: Rows, *tensors: Any) -> list[Any]:
         """Variable, gradient and slots, in the variable's working dtype and in the shape of its rows."""
-        dtype = "float64" if standardize_dtype(tensors[0].dtype) == "float64" else "float32"  # PREC-1
-        return [ops.reshape(ops.cast(tensor, dtype), rows.shape) for tensor in tensors]
+        dtype = working_dtype(tensors[0])
+        return [_reshaped(ops.cast(tensor, dtype), rows.shape) for tensor in tensors]
 
     def _project(self, q: Any, p: Any, g: Any, rows: Rows) -> tuple[Any, Any]:
         return project(q, p, g, rows, epsilon=self.epsilon, delta=self.delta, wd_ratio=self.wd_ratio)
 
     def _store(self, variable: Any, value: Any) -> None:
-        self.assign(variable, ops.cast(ops.reshape(value, tuple(variable.shape)), variable.dtype))  # PREC-6
+        self.assign(variable, ops.cast(_reshaped(value, tuple(variable.shape)), variable.dtype))  # PREC-6
 
     def set_weights(self, weights: Sequence[Any]) -> None:
         """As in Keras, but checks all weights first.
@@ -206,6 +222,15 @@ class ProjectedOptimizer(keras.optimizers.Optimizer):
         optimizer.exclude_from_weight_decay(var_names=undecayed)
         optimizer._named = [(path, tuple(shape)) for path, shape in named]
         return optimizer
+
+
+def working_dtype(variable: Any) -> str:
+    """What a variable's step is computed in (PREC-1)."""
+    return "float64" if standardize_dtype(variable.dtype) == "float64" else "float32"
+
+
+def _reshaped(tensor: Any, shape: tuple[int, ...]) -> Any:
+    return tensor if tuple(tensor.shape) == shape else ops.reshape(tensor, shape)
 
 
 _OF_LOSS_SCALING = 4  # variables that a LossScaleOptimizer adds to those of the optimizer it wraps

@@ -28,7 +28,8 @@ def project(q: Any, p: Any, g: Any, rows: Rows, *, epsilon: float, delta: float,
     """
     if not rows.projects:
         return q, 1.0
-    eps = ops.convert_to_tensor(epsilon, p.dtype)  # Keras may round a bare float to floatx
+    # Keras may round a bare float to floatx
+    eps, one, ratio = (ops.convert_to_tensor(x, p.dtype) for x in (epsilon, 1.0, wd_ratio))
 
     def sums(axes: tuple[int, ...], *terms: Any) -> list[Any]:
         return [ops.sum(term, axis=axes, keepdims=True) for term in terms]
@@ -50,5 +51,4 @@ def project(q: Any, p: Any, g: Any, rows: Rows, *, epsilon: float, delta: float,
     length = ops.sqrt(ops.where(channel, row_pp, all_pp)) + eps  # PROJ-5
     radial = ops.where(channel, row_pq, all_pq) / length  # dot / length**2 can overflow
     q = ops.where(projected, q - radial * (p / length), q)  # PROJ-6
-    one = ops.ones_like(all_pp)
-    return q, ops.where(projected, wd_ratio * one, one)  # PROJ-7
+    return q, ops.where(projected, ratio, one)  # PROJ-7

@@ -3,10 +3,9 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-from keras import ops
 
 from adamp_spec import check_flag, check_hyperparameter, check_nesterov
-from adamp_tf._base import ProjectedOptimizer
+from adamp_tf._base import ProjectedOptimizer, working_dtype
 from adamp_tf._layouts import LayoutTable
 
 
@@ -70,11 +69,15 @@ class SGDP(ProjectedOptimizer):
         super().build(variables)
         self._momentums = self.add_optimizer_variables(variables, "momentum")
 
-    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+    def _coefficients(self, lr: Any) -> tuple[Any, ...]:
+        return lr * (self.weight_decay / (1 - self.momentum)), lr
+
+    def update_step(self, gradient: Any, variable: Any, coefficients: Any) -> None:
         index = self._get_variable_index(variable)
         rows, buffer = self._rows[index], self._momentums[index]
         p, g, m = self._load(rows, variable, gradient, buffer)
-        lr, mu = ops.cast(learning_rate, p.dtype), self.momentum
+        decay, lr = coefficients[working_dtype(variable)]
+        mu = self.momentum
 
         m = mu * m + (1 - self.dampening) * g  # SGDP-1
         q = g + mu * m if self.nesterov else m  # SGDP-2
@@ -82,7 +85,7 @@ class SGDP(ProjectedOptimizer):
         if self.project_momentum and not self.nesterov:
             m = q  # SGDP-3
         if self.weight_decay > 0 and self._decays[index]:
-            p = p * (1 - lr * (self.weight_decay / (1 - mu)) * ratio)  # SGDP-4
+            p = p * (1 - decay * ratio)  # SGDP-4
         p = p - lr * q  # SGDP-5
 
         self._store(variable, p)

@@ -75,6 +75,10 @@ IMPLEMENTATIONS = (
     *_ours("torch", "TorchAdapter", ("torch", "numba"), "torch", "fused"),
     Implementation("torch", "sharded", "adamp_conformance.adapters.torch_sharded:ShardedAdapter", ("torch",), "torch"),
     *_ours("keras", "KerasAdapter", ("keras", "tensorflow"), "tf", "eager", "graph", "xla"),
+    *(
+        Implementation("keras", x, "adamp_conformance.adapters.keras_process:KerasProcessAdapter", ("keras", x), "all")
+        for x in ("jax", "torch")
+    ),
     *_ours("optax", "OptaxAdapter", ("jax", "optax"), "jax", "eager", "jit"),
     *(
         Implementation("optax", execution, f"adamp_conformance.adapters.{adapter}", ("jax", "optax"), "jax")
