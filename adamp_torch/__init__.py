@@ -11,5 +11,6 @@
 from adamp_torch._adamp import AdamP
 from adamp_torch._layouts import describe
 from adamp_torch._sgdp import SGDP
+from adamp_torch._snapshot import load_snapshot, save_snapshot
 
-__all__ = ["SGDP", "AdamP", "describe"]
+__all__ = ["SGDP", "AdamP", "describe", "load_snapshot", "save_snapshot"]

@@ -265,7 +265,7 @@ class ProjectedOptimizer(Optimizer):
                 continue
             state = self.state[param]
             if len(state) == 0:
-                state["step"] = _step_tensor(0, param, group)
+                state["step"] = step_tensor(0, param, group)
                 for name in self.MOMENTS:
                     state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
             params.append(param)
@@ -295,7 +295,7 @@ class ProjectedOptimizer(Optimizer):
             for path, param in zip(paths, group["params"], strict=True):
                 if entry := state["state"].get(param):
                     self._check_entry(entry, path, param)
-                    entry["step"] = _step_tensor(entry["step"], param, group)
+                    entry["step"] = step_tensor(entry["step"], param, group)
         super().__setstate__(state)
         if "_had_matrices" not in self.__dict__:  # after unpickling
             self._had_matrices = [_has_matrices(group) for group in groups]
@@ -358,7 +358,7 @@ def bias_correction(beta: float, step: Tensor, dtype: torch.dtype, capturable: b
     return -torch.expm1(step.to(dtype) * math.log(beta)) if beta > 0 else 1.0
 
 
-def _step_tensor(value: float | Tensor, param: Tensor, group: Group) -> Tensor:
+def step_tensor(value: float | Tensor, param: Tensor, group: Group) -> Tensor:
     """The step counter where torch.optim keeps it: on the host, unless the step must be capturable."""
     device = param.device if group["capturable"] else torch.device("cpu")
     dtype = torch.float32 if group["capturable"] else _get_scalar_dtype()

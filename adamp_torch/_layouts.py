@@ -95,6 +95,11 @@ def group_rows(group: Group) -> list[Rows]:
     return [_rows(layout, tuple(param.shape)) for layout, param in _with_layouts(group)]
 
 
+def group_layouts(group: Group) -> list[Layout]:
+    """The layout of each parameter of a group."""
+    return [_as_layout(stored) for stored, _ in _with_layouts(group)]
+
+
 def _with_layouts(group: Group) -> list[tuple[StoredLayout, Tensor]]:
     params = group["params"]
     return list(zip(group["layouts"] or [None] * len(params), params, strict=True))

@@ -1,0 +1,355 @@
+"""Snapshots in PyTorch: everything comes back, bit for bit, and what does not fit changes nothing."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from adamp_spec import Layout, snapshot
+from adamp_spec.snapshot import KEY, SnapshotError
+from adamp_torch import SGDP, AdamP, load_snapshot, save_snapshot
+
+SPEC = Path(__file__).parent.parent / "spec"
+
+
+class Network(torch.nn.Module):
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.embed = torch.nn.Embedding(7, 6)
+        self.norm = torch.nn.BatchNorm1d(6)
+        self.frozen = torch.nn.Linear(6, 6).requires_grad_(False)
+        self.out = torch.nn.Linear(6, 7)
+        self.out.weight = self.embed.weight  # tied
+        self.unused = torch.nn.Parameter(torch.ones(2, 2))
+        self.to(dtype)
+
+    def forward(self, x):
+        return self.out(self.frozen(self.norm(self.embed(x))))
+
+
+def adamp(model, **options):
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = {"params": [x for x in named if x[1].ndim > 1], "weight_decay": 0.1, "layouts": {"embed": Layout(1)}}
+    return AdamP([matrices, {"params": [x for x in named if x[1].ndim < 2]}], lr=1e-2, nesterov=True, **options)
+
+
+def sgdp(model, **options):
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    options = {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01, "project_momentum": True} | options
+    return SGDP(named, lr=1e-2, **options)
+
+
+both = pytest.mark.parametrize("make", [adamp, sgdp])
+
+
+def train(model, optimizer, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(3):
+        x = torch.randint(0, 7, (5,), generator=generator)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x).float(), x).backward()
+        optimizer.step()
+
+
+def everything(model, optimizer):
+    held = {name: x.clone() for name, x in model.state_dict().items()}
+    for i, state in optimizer.state_dict()["state"].items():
+        held |= {f"{i}.{name}": torch.as_tensor(x).clone() for name, x in state.items()}
+    return held
+
+
+def same(a, b):
+    assert list(a) == list(b)
+    return all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def trained(tmp_path):
+    def make_one(make, dtype=torch.float32):
+        torch.manual_seed(0)
+        model = Network(dtype)
+        optimizer = make(model)
+        train(model, optimizer)
+        path = tmp_path / "x.safetensors"
+        save_snapshot(path, model, optimizer)
+        return model, optimizer, path
+
+    return make_one
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_all_comes_back_bit_for_bit_and_goes_on_alike(make, dtype, stepped, trained):
+    model, optimizer, path = trained(make, dtype)
+    copied = Network(dtype)
+    loaded = make(copied, **({"eps": 1e-3, "weight_decay": 0.3, "wd_ratio": 0.2}))
+    if stepped:
+        train(copied, loaded, seed=1)
+    load_snapshot(path, copied, loaded)
+    assert same(everything(model, optimizer), everything(copied, loaded))
+    for a, b in zip(optimizer.param_groups, loaded.param_groups, strict=True):
+        assert {k: v for k, v in a.items() if k != "params"} == {k: v for k, v in b.items() if k != "params"}
+    train(model, optimizer)
+    train(copied, loaded)
+    assert same(everything(model, optimizer), everything(copied, loaded))
+
+
+def test_a_learning_rate_that_is_a_tensor_stays_that_tensor(trained):
+    _, _, path = trained(sgdp)
+    model, lr = Network(), torch.tensor(0.5)
+    optimizer = sgdp(model)
+    optimizer.param_groups[0]["lr"] = lr
+    load_snapshot(path, model, optimizer)
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert lr == torch.tensor(1e-2)
+
+
+def test_the_file_says_what_it_holds(trained):
+    model, optimizer, path = trained(adamp)
+    with safe_open(path, "np") as file:
+        header, names = json.loads(file.metadata()[KEY]), set(file.keys())
+        assert np.array_equal(file.get_tensor("m/embed.weight"), optimizer.state[model.embed.weight]["exp_avg"])
+    schema = json.loads((SPEC / "schema" / "snapshot.schema.json").read_text())
+    jsonschema.validate(header, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(header | {"step": 3}, schema)
+    assert header["parameters"]["embed.weight"] == {"group": 0, "step": 3, "layout": Layout(1).to_dict()}
+    assert header["parameters"]["unused"]["step"] == 0
+    assert header["groups"][0] == {
+        "lr": 1e-2,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "delta": 0.1,
+        "wd_ratio": 0.1,
+        "nesterov": True,
+    }
+    assert {"other/norm.running_mean", "other/norm.num_batches_tracked", "other/frozen.weight"} < names
+    assert not any("out.weight" in name for name in names)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def rewritten(path, change):
+    """The file with its JSON header changed, and its tensors as they are."""
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    ours = json.loads(header["__metadata__"][KEY])
+    change(header, ours)
+    header["__metadata__"][KEY] = json.dumps(ours)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def pickled(path):
+    torch.save({"weight": torch.ones(2)}, path)
+
+
+def executing(path):
+    path.write_bytes(b"cos\nsystem\n(S'touch executed'\ntR.")
+
+
+def foreign(path):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.ones(2)}, path)
+
+
+def shape_lies(header, ours):
+    header["m/embed.weight"]["shape"].reverse()
+
+
+def size_lies(header, ours):
+    header["m/embed.weight"]["shape"] = [1, 1]
+
+
+def renamed(header, ours):
+    header["parameter/other"] = header.pop("parameter/embed.weight")
+
+
+def without_moment(header, ours):
+    header["other/x"] = header.pop("v/embed.weight")
+
+
+DAMAGED = {
+    "truncated": (cut, "damaged"),
+    "zip": (pickled, "weights_only=True"),
+    "pickle": (executing, "damaged or no safetensors"),
+    "of another kind": (foreign, "no snapshot"),
+    "shape": (lambda path: rewritten(path, shape_lies), r"m/embed.weight has shape \(6, 7\)"),
+    "size": (lambda path: rewritten(path, size_lies), "damaged"),
+    "name": (lambda path: rewritten(path, renamed), "lacks"),
+    "moment": (lambda path: rewritten(path, without_moment), "lacks"),
+    "newer": (lambda path: rewritten(path, lambda _, ours: ours.update(spec="1.1")), "pip install --upgrade"),
+    "format": (lambda path: rewritten(path, lambda _, ours: ours.update(format=2)), "pip install --upgrade"),
+    "algorithm": (lambda path: rewritten(path, lambda _, ours: ours.update(algorithm="adamw")), "adamw"),
+    "number": (lambda path: rewritten(path, lambda _, ours: ours["groups"][0].update(beta1=1.0)), "beta1"),
+    "count": (lambda path: rewritten(path, lambda _, ours: ours["parameters"]["embed.weight"].update(step=-1)), "-1"),
+    "group": (
+        lambda path: rewritten(path, lambda _, ours: ours["parameters"]["embed.weight"].update(group=2)),
+        "group 2",
+    ),
+    "layout": (
+        lambda path: rewritten(
+            path, lambda _, ours: ours["parameters"]["embed.weight"].update(layout={"channel": [2]})
+        ),
+        "channel axis 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_file_changes_nothing(damage, trained, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    _, _, path = trained(adamp)
+    damaging, message = DAMAGED[damage]
+    damaging(path)
+    refused(path, Network(), adamp, message)
+    assert not os.path.exists("executed")
+
+
+def refused(path, model, make, message):
+    optimizer = make(model)
+    before, groups = everything(model, optimizer), copy.deepcopy(optimizer.state_dict()["param_groups"])
+    with pytest.raises(SnapshotError, match=message):
+        load_snapshot(path, model, optimizer)
+    assert same(before, everything(model, optimizer))
+    assert groups == optimizer.state_dict()["param_groups"]
+
+
+def wider(dtype=torch.float32):
+    model = Network(dtype)
+    model.norm.bias = torch.nn.Parameter(torch.ones(8))
+    return model
+
+
+def larger():
+    model = Network()
+    model.more = torch.nn.Parameter(torch.ones(8))
+    return model
+
+
+def barer():
+    model = Network()
+    del model.norm.running_mean
+    return model
+
+
+def one_group(model):
+    return AdamP((x for x in model.named_parameters() if x[1].requires_grad), layouts={"embed": Layout(1)})
+
+
+def plain_layouts(model):
+    optimizer = adamp(model)
+    optimizer.param_groups[0]["layouts"] = None
+    return optimizer
+
+
+def swapped_groups(model):
+    optimizer = adamp(model)
+    optimizer.param_groups.reverse()
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("model", "make", "message"),
+    [
+        (Network, sgdp, "make the other one"),
+        (wider, adamp, r"'norm.bias' is F32 \(6,\) in the snapshot, F32 \(8,\)"),
+        (lambda: Network(torch.float64), adamp, "F64"),
+        (larger, adamp, "only the model .'more'"),
+        (barer, adamp, "other tensors: only the snapshot has .'norm.running_mean'"),
+        (Network, one_group, "2 parameter groups"),
+        (Network, swapped_groups, "is of group"),
+        (Network, plain_layouts, "in `layouts`"),
+    ],
+)
+def test_another_model_is_refused_and_stays_as_it_was(model, make, message, trained):
+    _, _, path = trained(adamp)
+    refused(path, model(), make, message)
+
+
+def test_what_cannot_be_saved_leaves_the_old_file(trained):
+    model, optimizer, path = trained(adamp)
+    old = path.read_bytes()
+    model.register_buffer("phase", torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="'phase' is torch.complex64"):
+        save_snapshot(path, model, optimizer)
+    del model.phase
+    with pytest.raises(ValueError, match="not in the model"):
+        save_snapshot(path, model.norm, optimizer)
+    with pytest.raises(ValueError, match="maximize"):
+        save_snapshot(path, model, adamp(model, maximize=True))
+    assert path.read_bytes() == old
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(trained, monkeypatch):
+    model, optimizer, path = trained(adamp)
+    old = path.read_bytes()
+
+    def fail():
+        raise OSError("no space left on device")
+
+    write = snapshot.write
+    monkeypatch.setattr(
+        snapshot,
+        "write",
+        lambda path, head, tensors: write(path, head, {k: x._replace(read=fail) for k, x in tensors.items()}),
+    )
+    with pytest.raises(OSError, match="no space"):
+        save_snapshot(path, model, optimizer)
+    assert path.read_bytes() == old
+    assert list(path.parent.iterdir()) == [path]
+
+
+PEAK = """
+import resource, sys, torch
+from adamp_torch import AdamP, load_snapshot, save_snapshot
+
+def anonymous():
+    return next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("RssAnon")) * 1024
+
+model = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(1 << 22)) for _ in range(16)])
+optimizer = AdamP(model.named_parameters())
+for p in model:
+    p.grad = torch.ones_like(p)
+optimizer.step()
+model.zero_grad()
+peaks = []
+for work in (save_snapshot, load_snapshot):
+    before = anonymous()
+    import threading
+    most, done = [before], threading.Event()
+    def watch():
+        while not done.is_set():
+            most[0] = max(most[0], anonymous())
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    work(sys.argv[1], model, optimizer)
+    done.set()
+    watcher.join()
+    peaks.append((most[0] - before) / (4 << 22))
+print(*peaks)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="memory is read from /proc")
+def test_memory_peaks_at_a_tensor_above_the_model(tmp_path):
+    run = subprocess.run([sys.executable, "-c", PEAK, tmp_path / "x"], capture_output=True, text=True, check=True)
+    assert all(float(peak) < 1.5 for peak in run.stdout.split()), run.stdout
