@@ -87,7 +87,7 @@ def load_snapshot(path: str | os.PathLike[str], model: Module, optimizer: Projec
         saved.check_target(tensors, algorithm, len(optimizer.param_groups), places, kept)
         for group, hyper in zip(optimizer.param_groups, saved.groups, strict=True):
             _take_over(group, hyper)
-        for i, group, param, _ in _parameters(optimizer):
+        for _, group, param, _ in _parameters(optimizer):
             name = names[param]
             param.copy_(tensors[f"parameter/{name}"].read())
             if saved.parameters[name].step == 0:

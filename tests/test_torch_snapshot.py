@@ -289,7 +289,7 @@ def test_what_cannot_be_saved_leaves_the_old_file(trained):
     model, optimizer, path = trained(adamp)
     old = path.read_bytes()
     model.register_buffer("phase", torch.ones(2, dtype=torch.complex64))
-    with pytest.raises(TypeError, match="'phase' is torch.complex64"):
+    with pytest.raises(TypeError, match=r"'phase' is torch\.complex64"):
         save_snapshot(path, model, optimizer)
     del model.phase
     with pytest.raises(ValueError, match="not in the model"):

@@ -178,8 +178,8 @@ class Snapshot:
                 )
             if entry.layout.rows(place.shape) != place.layout.rows(place.shape):
                 raise SnapshotError(
-                    f"parameter {name!r} has {entry.layout} in the snapshot, {place.layout} in the optimizer, which makes "
-                    "another optimizer of it: give the optimizer the snapshot's in `layouts`"
+                    f"parameter {name!r} has {entry.layout} in the snapshot, {place.layout} in the optimizer, which is "
+                    "then another optimizer: give it the snapshot's in `layouts`"
                 )
         for name, (dtype, shape) in others.items():
             tensor = tensors[f"other/{name}"]
@@ -267,8 +267,8 @@ def opened(path: str | os.PathLike[str], framework: str) -> Iterator[tuple[Snaps
         begin = file.read(9)
     if begin[:2] in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK"):
         raise SnapshotError(
-            f"{os.fspath(path)!r} is a pickle or an archive, such as torch.save writes, and may run code when loaded: read "
-            "it with torch.load(..., weights_only=True), load that into model and optimizer, and save a snapshot of them"
+            f"{os.fspath(path)!r} is a pickle or an archive, as torch.save writes it, and may run code when loaded: read it "
+            "with torch.load(..., weights_only=True), load that into model and optimizer, and save a snapshot of them"
         )
     try:
         file = safe_open(path, framework)
