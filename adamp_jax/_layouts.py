@@ -14,6 +14,8 @@ Layouts = Layout | Mapping[str, Layout] | Any | Callable[[optax.Params], Any] | 
 # Names that Flax, Equinox and Haiku give by themselves. The reference is dim 0 of PyTorch's own weight (SPEC: LAYOUT).
 RULES = (
     Rule(r"embeddings?$", Layout(0)),  # one row per token
+    # Named by hand, and of PyTorch's shape everywhere: (1, N, D), (N, D)
+    Rule(r"(^|/)((cls|class)_?token|pos(ition(al)?)?_?emb(ed(ding)?s?)?)$", Layout(0)),
     Rule(r"(^|/)(query|key|value)/kernel$", Layout((-2, -1)), rank=3),  # Flax attention: (in, heads, head_dim)
     Rule(r"(Layer|RMS|layer_|rms_)[Nn]orm[^/]*/(scale|bias|offset)$", Layout(-1)),  # over several axes: (H, W, C)
     Rule(r"(^|/)ConvTranspose(_\d+)?/kernel$", Layout(-2)),  # Flax: (k.., in, out), and PyTorch's dim 0 is `in`
