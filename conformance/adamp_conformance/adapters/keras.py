@@ -94,20 +94,18 @@ class KerasAdapter:
 
     def load(self, state: State) -> None:
         with self._settings():
-            saved = {variable.path: _array(variable) for variable in self.optimizer.variables}
+            saved: dict[str, Any] = {variable.path: _array(variable) for variable in self.optimizer.variables}
             saved[self.optimizer.iterations.path] = np.asarray(state.step)
             for moment, slots in self._slots().items():
-                saved.update(
-                    (slot.path, state.moments[moment][name]) for slot, name in zip(slots, self.variables, strict=True)
-                )
+                held = [_tensor(state.moments[moment][name]) for name in self.variables]
+                saved.update((slot.path, x) for slot, x in zip(slots, held, strict=True))
             self.optimizer.load_own_variables({str(index): x for index, x in enumerate(saved.values())})
             for name, variable in self.variables.items():
-                variable.assign(state.parameters[name])
+                variable.assign(_tensor(state.parameters[name]))
 
     def step(self, gradients: Arrays) -> None:
         with self._settings():
-            given = [gradients[name] for name in self.variables]
-            self.apply([keras.ops.convert_to_tensor(x, x.dtype.name) for x in given])
+            self.apply([_tensor(gradients[name]) for name in self.variables])
 
     def dump(self) -> State:
         moments = {
@@ -140,16 +138,28 @@ def _tensorflow_sees_a_gpu() -> bool:
 
 def _variable(name: str, value: np.ndarray) -> Any:
     scope, _, leaf = name.rpartition("/")
-    if not scope:
-        return keras.Variable(value, name=leaf, dtype=value.dtype.name)
-    with keras.name_scope(scope):
-        return keras.Variable(value, name=leaf, dtype=value.dtype.name)
+    trainable = not np.issubdtype(value.dtype, np.integer)  # on torch, Keras has no trainable integers to refuse
+    with keras.name_scope(scope) if scope else nullcontext():
+        return keras.Variable(_tensor(value), name=leaf, dtype=value.dtype.name, trainable=trainable)
+
+
+def _tensor(x: np.ndarray) -> Any:
+    if _through_float32(x.dtype.name):
+        torch = import_module("torch")
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return keras.ops.convert_to_tensor(x, x.dtype.name)
 
 
 def _array(variable: Any) -> np.ndarray:
-    """A copy of its value in its own dtype; on torch, Keras makes bfloat16 float32."""
     dtype = keras.backend.standardize_dtype(variable.dtype)
-    return np.array(keras.ops.convert_to_numpy(variable), DTYPES.get(dtype, dtype))
+    if _through_float32(dtype):
+        return variable.value.detach().cpu().view(import_module("torch").int16).numpy().copy().view(DTYPES[dtype])
+    return np.array(keras.ops.convert_to_numpy(variable))
+
+
+def _through_float32(dtype: str) -> bool:
+    """Whether Keras would convert it by way of float32, which changes the bits of NaN."""
+    return dtype == "bfloat16" and keras.backend.backend() == "torch"
 
 
 def _x64(on: bool) -> AbstractContextManager[None]:
