@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from adamp_spec import AdamPHyper, Layout, SGDPHyper, snapshot
-from adamp_spec.snapshot import MOMENTS, Entry, Place, Snapshot
+from adamp_spec.snapshot import MOMENTS, Entry, Hyper, Place, Snapshot
 from adamp_torch._adamp import AdamP
 from adamp_torch._base import ProjectedOptimizer, step_tensor
 from adamp_torch._layouts import Group, group_layouts
@@ -70,7 +70,7 @@ def load_snapshot(path: str | os.PathLike[str], model: Module, optimizer: Projec
     Args:
       path: the file.
       model: has tensors of the same names, shapes and dtypes.
-      optimizer: `AdamP` or `SGDP`, with the same groups and layouts.
+      optimizer: `AdamP` or `SGDP`, with the same layouts, and groups that keep apart what differs.
 
     Raises:
       adamp_spec.snapshot.SnapshotError: the file is no snapshot, is damaged, or does not fit. Nothing has changed then.
@@ -84,9 +84,8 @@ def load_snapshot(path: str | os.PathLike[str], model: Module, optimizer: Projec
     }
     kept = {name: (_NAMES[x.dtype], tuple(x.shape)) for name, x in others.items()}
     with snapshot.opened(path, "pt") as (saved, tensors):
-        saved.check_target(tensors, algorithm, len(optimizer.param_groups), places, kept)
-        for group, hyper in zip(optimizer.param_groups, saved.groups, strict=True):
-            _take_over(group, hyper)
+        for i, hyper in saved.check_target(tensors, algorithm, places, kept).items():
+            _take_over(optimizer.param_groups[i], hyper)
         for _, group, param, _ in _parameters(optimizer):
             name = names[param]
             param.copy_(tensors[f"parameter/{name}"].read())
@@ -112,7 +111,7 @@ def _parameters(optimizer: ProjectedOptimizer) -> Iterator[tuple[int, Group, Ten
 
 def _named(model: Module, optimizer: ProjectedOptimizer) -> tuple[dict[Tensor, str], dict[str, Tensor]]:
     """The names of the optimizer's parameters, and what the model holds besides."""
-    names = {param: name for name, param in model.named_parameters()}
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
     optimized = [param for *_, param, _ in _parameters(optimizer)]
     if strangers := [tuple(param.shape) for param in optimized if param not in names]:
         raise ValueError(f"the optimizer has parameters of shapes {strangers} that are not in the model")
@@ -129,11 +128,11 @@ def _named(model: Module, optimizer: ProjectedOptimizer) -> tuple[dict[Tensor, s
     return names, others
 
 
-def _hyperparameters(optimizer: ProjectedOptimizer) -> tuple[str, tuple[AdamPHyper | SGDPHyper, ...]]:
+def _hyperparameters(optimizer: ProjectedOptimizer) -> tuple[str, tuple[Hyper, ...]]:
     """The algorithm, and each group's hyperparameters as the specification names them."""
     if any(group["maximize"] for group in optimizer.param_groups):
         raise ValueError("maximize=True has no counterpart in the other frameworks: negate the loss instead")
-    hyper: type[AdamPHyper] | type[SGDPHyper] = AdamPHyper if isinstance(optimizer, AdamP) else SGDPHyper
+    hyper: type[Hyper] = AdamPHyper if isinstance(optimizer, AdamP) else SGDPHyper
     found = []
     for group in optimizer.param_groups:
         given = group | dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False)) | {"lr": float(group["lr"])}
@@ -141,7 +140,7 @@ def _hyperparameters(optimizer: ProjectedOptimizer) -> tuple[str, tuple[AdamPHyp
     return hyper.algorithm, tuple(found)
 
 
-def _take_over(group: Group, hyper: AdamPHyper | SGDPHyper) -> None:
+def _take_over(group: Group, hyper: Hyper) -> None:
     """Gives a group the hyperparameters of a snapshot."""
     given = asdict(hyper)
     if isinstance(hyper, AdamPHyper):

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,8 @@ MOMENTS = {"adamp": ("m", "v"), "sgdp": ("m",)}
 REAL = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes of an element
 SIZES = REAL | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 
-_HYPER: dict[str, type[AdamPHyper] | type[SGDPHyper]] = {"adamp": AdamPHyper, "sgdp": SGDPHyper}
+Hyper = AdamPHyper | SGDPHyper
+_HYPER: dict[str, type[Hyper]] = {"adamp": AdamPHyper, "sgdp": SGDPHyper}
 
 
 class SnapshotError(ValueError):
@@ -62,7 +64,7 @@ class Snapshot:
     """
 
     algorithm: str
-    groups: tuple[AdamPHyper | SGDPHyper, ...]
+    groups: tuple[Hyper, ...]
     parameters: Mapping[str, Entry]
     spec: str = SPEC_VERSION
 
@@ -136,25 +138,27 @@ class Snapshot:
         self,
         tensors: Mapping[str, Tensor],
         algorithm: str,
-        groups: int,
         places: Mapping[str, Place],
         others: Mapping[str, tuple[str, tuple[int, ...]]],
-    ) -> None:
-        """Raises SnapshotError unless the snapshot can go, whole and unchanged, into a model and its optimizer.
+    ) -> dict[int, Hyper]:
+        """Checks that the snapshot can go, whole and unchanged, into a model and its optimizer.
 
         Args:
           tensors: those of the snapshot.
           algorithm: the optimizer's.
-          groups: how many it has.
           places: its parameters.
           others: dtype and shape of what the model holds besides.
+
+        Returns:
+          What each of the optimizer's groups becomes, if it has parameters.
+
+        Raises:
+          SnapshotError: it cannot.
         """
         if algorithm != self.algorithm:
             raise SnapshotError(
                 f"the snapshot is of {self.algorithm}, the optimizer is {algorithm}; make the other one"
             )
-        if groups != len(self.groups):
-            raise SnapshotError(f"the snapshot has {len(self.groups)} parameter groups, the optimizer {groups}")
         found = {name.removeprefix("other/") for name in tensors if name.startswith("other/")}
         for what, here, there in (
             ("optimized parameters", set(places), set(self.parameters)),
@@ -165,6 +169,7 @@ class Snapshot:
                     f"the snapshot and the model differ in their {what}: only the snapshot has {sorted(there - here)}, "
                     f"only the model {sorted(here - there)}; make both alike, or map their names"
                 )
+        become: dict[int, Hyper] = {}
         for name, place in places.items():
             entry, tensor = self.parameters[name], tensors[f"parameter/{name}"]
             if (tensor.dtype, tensor.shape) != (place.dtype, place.shape):
@@ -172,9 +177,10 @@ class Snapshot:
                     f"parameter {name!r} is {tensor.dtype} {tensor.shape} in the snapshot, {place.dtype} {place.shape} "
                     "in the model"
                 )
-            if entry.group != place.group:
+            if become.setdefault(place.group, self.groups[entry.group]) != self.groups[entry.group]:
                 raise SnapshotError(
-                    f"parameter {name!r} is of group {entry.group} in the snapshot, of {place.group} in the optimizer"
+                    f"group {place.group} of the optimizer would have to be {become[place.group]} and, for parameter "
+                    f"{name!r}, {self.groups[entry.group]}: make two groups of it"
                 )
             if entry.layout.rows(place.shape) != place.layout.rows(place.shape):
                 raise SnapshotError(
@@ -187,6 +193,7 @@ class Snapshot:
                 raise SnapshotError(
                     f"{name!r} is {tensor.dtype} {tensor.shape} in the snapshot, {dtype} {shape} in the model"
                 )
+        return become
 
     def names(self) -> Iterator[str]:
         """The names of all tensors of optimized parameters."""
@@ -243,7 +250,7 @@ def write(path: str | os.PathLike[str], snapshot: Snapshot, tensors: Mapping[str
                 start, end = header[name]["data_offsets"]
                 if data.size != end - start:
                     raise SnapshotError(f"{name} has {data.size} bytes, and {end - start} were announced")
-                file.write(data)
+                file.write(data.data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -264,25 +271,25 @@ def opened(path: str | os.PathLike[str], framework: str) -> Iterator[tuple[Snaps
       OSError: it cannot be read.
     """
     with open(path, "rb") as file:
-        begin = file.read(9)
-    if begin[:2] in (b"\x80\x02", b"\x80\x04", b"\x80\x05", b"PK"):
+        begin = file.read(2)
+    if begin[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
         raise SnapshotError(
-            f"{os.fspath(path)!r} is a pickle or an archive, as torch.save writes it, and may run code when loaded: read it "
-            "with torch.load(..., weights_only=True), load that into model and optimizer, and save a snapshot of them"
+            f"{os.fspath(path)!r} is a pickle or an archive, as torch.save writes it, and may run code when loaded: read "
+            "it with torch.load(..., weights_only=True), load that into model and optimizer, and save a snapshot of them"
         )
     try:
-        file = safe_open(path, framework)
+        opened_file = safe_open(path, framework)
     except SafetensorError as error:
         raise SnapshotError(f"{os.fspath(path)!r} is damaged or no safetensors file: {error}") from error
-    with file:
-        header = (file.metadata() or {}).get(KEY)
+    with opened_file as saved:
+        header = (saved.metadata() or {}).get(KEY)
         if header is None:
             raise SnapshotError(
                 f"{os.fspath(path)!r} is a safetensors file, but no snapshot: it lacks the header {KEY!r}"
             )
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        slices = {name: saved.get_slice(name) for name in saved.keys()}  # noqa: SIM118 - no mapping
         tensors = {
-            name: Tensor(x.get_dtype(), tuple(x.get_shape()), lambda name=name: file.get_tensor(name))
+            name: Tensor(x.get_dtype(), tuple(x.get_shape()), partial(saved.get_tensor, name))
             for name, x in slices.items()
         }
         snapshot = Snapshot.from_json(header)
