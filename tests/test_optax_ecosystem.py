@@ -17,6 +17,9 @@ from flax.training.train_state import TrainState
 from jax.experimental.sparse import BCOO
 
 import adamp_jax
+from adamp_conformance.adapter import Parameter
+from adamp_conformance.adapters.optax import OptaxAdapter
+from adamp_conformance.implementations import select
 from adamp_jax._layouts import path_name
 from adamp_spec import Layout
 
@@ -633,3 +636,28 @@ def test_a_decay_mask_holds_bools():
     tx = adamp_jax.adamp(0.1, weight_decay=0.1, weight_decay_mask=dict.fromkeys(params, "no"))
     with pytest.raises(TypeError, match="weight_decay_mask must hold True and False"):
         tx.update(params, tx.init(params), params)
+
+
+# The rows of the suite
+
+
+def test_rows_of_the_suite_execute_as_they_are_named():
+    parameters = {name: Parameter(np.array(x), None) for name, x in tree().items()}
+    grads = {name: np.array(x) for name, x in gradients(tree()).items()}
+    wide, deleted = {}, {}
+    for execution in ("eager", "jit", "donated", "x64"):
+        adapter = OptaxAdapter(execution)
+        adapter.create("adamp", {"lr": 0.1}, parameters)
+        with adapter._settings():
+            wide[execution] = jax.config.jax_enable_x64
+        before = [*adapter.parameters.values(), *jax.tree.leaves(adapter.state)]
+        adapter.step(grads)
+        deleted[execution] = {x.is_deleted() for x in before}
+    assert wide == {"eager": False, "jit": False, "donated": False, "x64": True}
+    assert deleted == {"eager": {False}, "jit": {False}, "donated": {True}, "x64": {False}}
+
+
+def test_rows_of_the_suite_are_run_where_they_are_asked_for():
+    names = [x.name for x in select(["optax"])]
+    assert names == [f"optax-{x}" for x in ("eager", "jit", "donated", "x64", "sharded")]
+    assert [x.name for x in select([]) if x.backend == "optax"] == names[:2]

@@ -171,6 +171,15 @@ PARAMS = {
 }
 
 
+def test_names_that_are_given_by_hand():
+    names = ("cls_token", "class_token", "pos_embed", "position_embeddings", "posembed_input/pos_embedding")
+    assert chosen({name: jnp.ones((1, 5, 4)) for name in names}) == dict.fromkeys(names, (0,))
+    assert chosen({"compose/kernel": jnp.ones((5, 4)), "composed": jnp.ones((5, 4))}) == {
+        "compose/kernel": (1,),
+        "composed": (1,),
+    }
+
+
 def test_overrides_and_the_table():
     layouts = {"enc/kernel": Layout(2, batch=0), "^dec/k": Layout(0)}
     assert chosen(PARAMS, layouts) == {"enc/kernel": (2,), "enc/mix": (1,), "dec/kernel": (0,), "dec/v": None}

@@ -169,19 +169,50 @@ def test_delta_0_is_decoupled_weight_decay(algorithm):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), *results)
 
 
+@pytest.mark.parametrize("execution", ["eager", "jit"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("base", [0.0, 0.1, 0.5, 0.9, 0.95, 0.99, 0.999, 0.9999, 0.99999])
-def test_one_minus_power_is_within_four_roundings(base, dtype):
+@pytest.mark.parametrize("base", [0.0, 0.1, 0.5, 0.9, 0.95, 0.98, 0.99, 0.999, 0.9995, 0.9999, 0.99999])
+def test_one_minus_power_is_within_four_roundings(base, dtype, execution):
     """`-jnp.expm1(t * log(base))` fails this for base 0.999 and above."""
     t = np.unique(np.concatenate([np.arange(1, 3000), np.logspace(0, 6, 3000).astype(int)]))
+    compiled = jax.jit if execution == "jit" else lambda function: function
     with x64(dtype == "float64"):
-        got = np.asarray(jax.jit(lambda t: one_minus_power(base, t))(jnp.asarray(t, dtype)))
-        traced = np.asarray(jax.jit(one_minus_power)(jnp.asarray(base, dtype), jnp.asarray(t, dtype)))
+        counts = jnp.asarray(t, jnp.int32).astype(dtype)  # as `update` has them
+        got = np.asarray(compiled(lambda t: one_minus_power(base, t))(counts))
+        root = np.asarray(compiled(lambda t: jnp.sqrt(one_minus_power(base, t)))(counts))
+        traced = np.asarray(compiled(one_minus_power)(jnp.asarray(base, dtype), counts))
     exact = -np.expm1(t * np.log(np.longdouble(base))) if base else np.ones(len(t), np.longdouble)
     unit = np.finfo(dtype).eps / 2
     assert np.max(np.abs(got / exact - 1)) <= 4 * unit
+    assert np.max(np.abs(root / np.sqrt(exact) - 1)) <= 4 * unit
     # An array for a base is rounded to its type, which moves 1 - base by base / (1 - base) units.
     assert np.max(np.abs(traced / exact - 1)) <= (6 + base / (1 - base)) * unit
+
+
+@pytest.mark.parametrize("execution", ["eager", "jit"])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.99, 0.9999), (0.9999, 0.9)])
+def test_corrections_reach_an_update_of_float32(betas, execution):
+    """One step of one element with g = 0: both corrections, 4 u each, and at most a dozen roundings around them."""
+    steps = [1, 2, 3, 10, 100, 1000, 10_000, 100_000, 1_000_000]
+    b1, b2 = (np.longdouble(b) for b in betas)
+    assert not jax.config.jax_enable_x64
+
+    def error(correction):
+        worst = 0.0
+        for lr, nu, eps in ((0.5, 0.0, 0.5), (0.5, 1.0, 1e-30)):
+            tx = adamp_jax.adamp(lr, *betas, eps=eps)
+            one = jnp.ones(1)
+            (state, *rest), update = tx.init(one), jax.jit(tx.update) if execution == "jit" else tx.update
+            for t in steps:
+                count = jnp.asarray(t - 1, jnp.int32)
+                got, _ = update(0 * one, (state._replace(count=count, mu=one, nu=nu * one), *rest), one)
+                bc1, bc2 = correction(b1, t), correction(b2, t)
+                exact = -lr * b1 / (np.sqrt(b2 * nu / bc2) + np.longdouble(eps)) / bc1
+                worst = max(worst, abs(float(np.longdouble(got[0]) / exact - 1)))
+        return worst / 2.0**-24
+
+    assert error(lambda b, t: -np.expm1(t * np.log(b))) <= 20
+    assert error(lambda b, t: np.float32(1) - np.float32(b) ** np.float32(t)) > 100  # what a float32 power is off by
 
 
 @pytest.mark.parametrize("make", [adamp_jax.adamp, adamp_jax.sgdp])
