@@ -38,7 +38,7 @@ ALL = {name: x for chosen in CONTENDERS.values() for name, x in chosen.items()}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@options(MODELS, rounds=9, everything="All three")
+@options(MODELS, rounds=7, everything="All three")
 def main(
     models: Sequence[str],
     patterns: Sequence[str],

@@ -6,17 +6,32 @@ import re
 import sys
 import time
 
+import jax
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
 
+from adamp_jax._layouts import assign
+from adamp_spec import Layout
 from adamp_torch import AdamP
-from benchmarks import contenders, measure, tables, torch_gpu_checks, torch_step
+from benchmarks import (
+    command,
+    contenders,
+    keras_step,
+    measure,
+    optax_step,
+    rounds,
+    tables,
+    torch_gpu_checks,
+    torch_step,
+    ways,
+)
 from benchmarks.contenders import CONTENDERS, MEASURES
 from benchmarks.parameter_lists import MODELS
 
-ROOT = torch_step.ROOT
+ROOT = command.ROOT
 CPU = torch.device("cpu")
 TINY = [(6, 4), (6,), (3, 2, 3, 3), (5, 8), ()]
 
@@ -47,7 +62,7 @@ def test_each_round_times_each_once_in_rotated_order_and_after_a_copy():
         work()
         return float(next(times))
 
-    seconds, failures = measure.interleave(works, 4, clock, lambda: log.append("-"))
+    seconds, failures = rounds.interleave(works, 4, clock, lambda: log.append("-"))
     assert "".join(log) == "-a-b-c" + "-b-c-a" + "-c-a-b" + "-a-b-c"
     assert seconds == {"a": [0, 5, 7, 9], "b": [1, 3, 8, 10], "c": [2, 4, 6, 11]}
     assert not failures
@@ -61,19 +76,20 @@ def test_a_failure_is_named_and_ends_nothing_else():
         if len(calls) == 2:
             raise ValueError("second\nmore")
 
-    seconds, failures = measure.interleave({"good": list, "bad": fails}, 5, measure.clock_of(CPU), list)
+    seconds, failures = rounds.interleave({"good": list, "bad": fails}, 5, rounds.on_host, list)
     assert (len(seconds["good"]), len(calls)) == (5, 2)
     assert "bad" not in seconds
     assert failures == {"bad": "ValueError: second"}
 
 
 def test_ratios_are_of_the_same_round():
-    assert measure.ratios([4.0, 2.0, 9.0], [1.0, 4.0, 3.0]) == [1.75, 3, 3.5]
-    assert measure.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == [2, 3, 4]
+    assert rounds.ratios([4.0, 2.0, 9.0], [1.0, 4.0, 3.0]) == [1.75, 3, 3.5]
+    assert rounds.quartiles([4.0, 1.0, 3.0, 2.0, 5.0]) == [2, 3, 4]
 
 
 def test_the_clock_of_a_host_covers_the_work():
-    assert measure.clock_of(CPU)(lambda: time.sleep(0.02)) >= 0.02
+    assert measure.clock_of(CPU) is rounds.on_host
+    assert rounds.on_host(lambda: time.sleep(0.02)) >= 0.02
 
 
 def test_calls_are_counted_within_the_step():
@@ -96,33 +112,44 @@ def test_calls_are_counted_within_the_step():
 # --- a run -----------------------------------------------------------------------------------------------------------
 
 
+def make_tiny(monkeypatch):
+    """A model and a copy that are no work."""
+    for models in (MODELS, ways.MODELS):
+        monkeypatch.setitem(models, "resnet50", lambda: TINY)
+    for module in (measure, rounds):
+        monkeypatch.setattr(module, "COPIED", 1 << 10)
+
+
 @pytest.fixture
 def tiny(monkeypatch):
-    """A model and a copy that are no work."""
-    monkeypatch.setitem(MODELS, "resnet50", lambda: TINY)
-    monkeypatch.setattr(measure, "COPIED", 1 << 10)
+    make_tiny(monkeypatch)
 
 
-def invoke(*arguments):
-    return CliRunner().invoke(torch_step.main, [*map(str, arguments)], catch_exceptions=False)
+def invoke(*arguments, tool=torch_step):
+    return CliRunner().invoke(tool.main, [*map(str, arguments)], catch_exceptions=False)
 
 
-@pytest.fixture
-def results(tiny, tmp_path):
-    page = tmp_path / "docs" / "page.md"
+def outcome(tool, directory):
+    """The three files of a run of all contenders, and what it printed."""
+    page = directory / "docs" / "page.md"
     page.parent.mkdir()
-    begin, end = tables.markers("cpu")
+    begin, end = tables.markers(tool.PAGE, "cpu")
     page.write_text(f"# Before\n{begin}\nold\n{end}\nafter\n")
-    paths = [tmp_path / "out" / "r.json", page, tmp_path / "out" / "r.svg"]
+    paths = [directory / "out" / "r.json", page, directory / "out" / "r.svg"]
     options = [x for pair in zip(("--json", "--markdown", "--plot"), paths, strict=True) for x in pair]
-    done = invoke("--model", "resnet50", "--rounds", 3, *options)
+    done = invoke("--model", "resnet50", "--rounds", 3, *options, tool=tool)
     assert done.exit_code == 0, done.output
     return json.loads(paths[0].read_text()), page.read_text(), paths[2].read_text(), done.output
 
 
+@pytest.fixture
+def results(tiny, tmp_path):
+    return outcome(torch_step, tmp_path)
+
+
 def test_every_contender_is_timed_and_everything_is_written(results):
     kept, page, svg, printed = results
-    assert kept["format"] == torch_step.FORMAT
+    assert kept["format"] == command.FORMAT
     assert kept["environment"]["packages"]["torch"] == torch.__version__
     assert kept["environment"]["threads"] == torch.get_num_threads()
     (run,) = kept["runs"]
@@ -146,7 +173,7 @@ def test_every_contender_is_timed_and_everything_is_written(results):
 
 
 def test_all_is_kept_at_its_place(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_step, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "ROOT", tmp_path)
     page = tmp_path / "docs" / "benchmarks_torch.md"
     page.parent.mkdir()
     page.write_text((ROOT / "docs" / "benchmarks_torch.md").read_text())
@@ -155,7 +182,7 @@ def test_all_is_kept_at_its_place(tiny, tmp_path, monkeypatch):
     assert [x["dtype"] for x in kept["runs"]] == ["float32", "bfloat16"]
     assert "](../benchmarks/results/torch_step_cpu.svg)" in page.read_text()
     assert (tmp_path / "benchmarks" / "results" / "torch_step_cpu.svg").exists()
-    assert all(x in page.read_text() for x in tables.markers("cuda")), "the tables of a GPU stay"
+    assert all(x in page.read_text() for x in tables.markers(torch_step.PAGE, "cuda")), "the tables of a GPU stay"
 
 
 def test_the_measure_of_a_ratio_is_one_itself(results):
@@ -238,12 +265,12 @@ def test_wrong_options_are_refused_with_the_right_ones(arguments, words):
 def test_a_page_without_markers_is_refused():
     results = {"environment": {"device_type": "cuda"}}
     with pytest.raises(ValueError, match="torch_step cuda: begin"):
-        tables.renew("# A page\n", results, None)
+        tables.renew(torch_step.PAGE, "# A page\n", results, None)
 
 
 def test_a_machine_that_is_not_quiet_is_noticed(tiny, monkeypatch):
     for load, warned in ((0.1, False), (2.0, True)):
-        monkeypatch.setattr(torch_step.os, "getloadavg", lambda load=load: (load, load, load))
+        monkeypatch.setattr(command.os, "getloadavg", lambda load=load: (load, load, load))
         done = invoke("--model", "resnet50", "--rounds", 1, "--contender", "sgd-fused")
         assert ("the load average is 2.0" in done.output) == warned
 
@@ -258,6 +285,183 @@ def test_models_that_do_not_fit_are_left_out_unless_asked_for(tiny, monkeypatch,
     assert [x["model"] for x in kept["runs"]] == ["resnet50", "vit-b-16", "gpt2-small"]
     assert list(kept["skipped"]) == ["llama-1b, float32"]
     assert "--model llama-1b runs it nevertheless" in done.output
+
+
+# --- Optax and Keras --------------------------------------------------------------------------------------------------
+
+COMPILED = ("jit", "jit-memory", "jax-jit")
+
+
+@pytest.fixture(scope="module", params=[optax_step, keras_step], ids=["optax", "keras"])
+def ecosystem(request, tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_tiny(monkeypatch)
+        return request.param, outcome(request.param, tmp_path_factory.mktemp(request.param.PAGE.tool))
+
+
+def test_every_optimizer_is_timed_in_every_way(ecosystem):
+    tool, (kept, page, svg, printed) = ecosystem
+    every = optax_step.CONTENDERS if tool is optax_step else keras_step.ALL
+    assert len(every) == 5 * (2 if tool is optax_step else 5)
+    (run,) = kept["runs"]
+    assert (run["model"], run["dtype"], run["rounds"]) == ("resnet50", "float32", 3)
+    assert (run["tensors"], run["elements"]) == (len(TINY), sum(map(math.prod, TINY)))
+    assert [x["name"] for x in run["contenders"]] == list(every)
+    for x in run["contenders"]:
+        assert x["status"] == "measured", x.get("reason")
+        assert len(x["seconds"]) == 3
+        assert x["first_seconds"] > 0
+        assert set(x["ratios"]) == set(ways.MEASURES[x["algorithm"]])
+        assert ("fusions" in x) == (x["way"] in COMPILED)
+        assert x["ours"] == (x["optimizer"] in ("adamp", "sgdp"))
+        name = f"**{x['name']}**" if x["ours"] else x["name"]
+        assert f"| {name} |" in page
+        assert x["name"] in svg
+        assert x["name"] in printed
+    assert page.startswith("# Before\n")
+    assert page.endswith("-->\nafter\n")
+    assert "old" not in page
+
+
+def test_ratios_are_of_the_same_way(ecosystem):
+    entries = {x["name"]: x for x in ecosystem[1][0]["runs"][0]["contenders"]}
+    for x in entries.values():
+        for measure_of, ratios in x["ratios"].items():
+            other = entries[f"{measure_of}-{x['way']}"]
+            assert ratios == rounds.ratios(x["seconds"], other["seconds"])
+            assert ratios == [1, 1, 1] or x is not other
+
+
+def test_the_ratio_of_first_steps_is_of_the_same_way(ecosystem):
+    _, (kept, page, _, _) = ecosystem
+    entries = {x["name"]: x for x in kept["runs"][0]["contenders"]}
+    head = next(line for line in page.splitlines() if "first / adamw" in line).split("|")
+    for name, x in entries.items():
+        if x["optimizer"] == "adamp":
+            row = next(line for line in page.splitlines() if f"| **{name}** |" in line).split("|")
+            expected = x["first_seconds"] / entries[f"adamw-{x['way']}"]["first_seconds"]
+            assert row[head.index(" first / adamw ")].strip() == f"{expected:.2f}"
+
+
+def test_accesses_are_those_that_an_optimizer_must_have(ecosystem):
+    for x in ecosystem[1][0]["runs"][0]["contenders"]:
+        if x["way"] in COMPILED:
+            assert x["accesses"] >= {"adamp": 7, "sgdp": 5}[x["algorithm"]], x["name"]
+
+
+def answered(backend, device, shapes, rounds, entries):
+    """Instead of a process with a backend."""
+    return [x | {"first_seconds": 1.0, "seconds": [1.0] * rounds} for x in entries]
+
+
+@pytest.mark.parametrize("tool", [optax_step, keras_step], ids=["optax", "keras"])
+def test_results_of_an_ecosystem_have_their_places(tool, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(keras_step, "ask", answered)
+    page = tmp_path / tool.PAGE.document
+    page.parent.mkdir()
+    page.write_text((ROOT / tool.PAGE.document).read_text())
+    done = invoke("--all", "--model", "resnet50", "--rounds", 1, "--contender", "sgd-*", tool=tool)
+    assert done.exit_code == 0, done.output
+    name = f"{tool.PAGE.tool}_cpu"
+    kept = json.loads((tmp_path / "benchmarks" / "results" / f"{name}.json").read_text())
+    assert kept["environment"]["packages"].keys() >= {"adamp-parity", "jax"}
+    cpu = page.read_text().partition(tables.markers(tool.PAGE, "cpu")[0])[2].partition("<!--")[0]
+    assert f"](../benchmarks/results/{name}.svg)" in cpu
+    assert (tmp_path / "benchmarks" / "results" / f"{name}.svg").exists()
+    assert all(f"| {x['name']} | " in cpu for x in kept["runs"][0]["contenders"])
+    assert all(x in page.read_text() for x in tables.markers(tool.PAGE, "cuda")), "the tables of a GPU stay"
+
+
+def test_an_optimizer_that_fails_is_named_and_the_rest_is_measured(tiny, tmp_path, monkeypatch):
+    def fails():
+        raise RuntimeError("no such optimizer\nand more")
+
+    monkeypatch.setitem(optax_step.MAKERS, "adamw", fails)
+    path = tmp_path / "r.json"
+    chosen = [x for name in ("adamw", "lamb", "sgd") for x in ("--contender", f"{name}-jit")]
+    done = invoke("--model", "resnet50", "--rounds", 1, *chosen, "--json", path, tool=optax_step)
+    assert "adamw-jit: failed, RuntimeError: no such optimizer\n" in done.output
+    found = {x["name"]: x for x in json.loads(path.read_text())["runs"][0]["contenders"]}
+    assert [x["status"] for x in found.values()] == ["failed", "measured", "measured"]
+    assert set(found["lamb-jit"]["ratios"]) == {"lamb"}
+
+
+def test_a_backend_that_is_missing_or_dies_is_named(tiny, tmp_path, monkeypatch):
+    def version(package):
+        if package == "jax":
+            raise rounds.metadata.PackageNotFoundError
+        return "1"
+
+    worker = tmp_path / "worker.py"
+    worker.write_text("import os, sys; sys.exit(3 if os.environ['KERAS_BACKEND'] == 'torch' else 4)")
+    monkeypatch.setattr(rounds.metadata, "version", version)
+    monkeypatch.setattr(keras_step, "WORKER", worker)
+    done = invoke("--model", "resnet50", "--rounds", 1, "--contender", "adam*", tool=keras_step)
+    assert "adamp-jax-jit: missing, jax is not installed\n" in done.output
+    assert "adamp-torch-eager: failed, its process ended with exit code 3\n" in done.output
+    assert "adamw-tensorflow-xla: failed, its process ended with exit code 4\n" in done.output
+    assert "Keras on jax ..." not in done.output
+
+
+def test_a_backend_that_finds_no_gpu_is_not_measured_on_the_cpu():
+    (kept,) = keras_step.ask("torch", "cuda:99", TINY, 1, [keras_step.ALL["sgd-torch-eager"].entry("keras", "torch")])
+    assert (kept["status"], kept["reason"]) == ("failed", "its process ended with exit code 1")
+
+
+@pytest.mark.parametrize("tool", [optax_step, keras_step], ids=["optax", "keras"])
+@pytest.mark.parametrize("device", ["tpu", "cuda:x", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(tool, device):
+    done = invoke("--device", device, tool=tool)
+    assert done.exit_code == 2
+    assert "pass cpu, or cuda where" in " ".join(done.output.split())
+
+
+# TensorFlow is imported within tests: a process that has imported it before Triton, as PyTorch does, dies.
+
+
+@pytest.mark.parametrize("model", ways.MODELS)
+def test_rows_are_those_of_pytorch(model):
+    from adamp_tf._layouts import resolve
+
+    shapes = ways.MODELS[model]()
+    paths = ways.channels_last(shapes)
+    optax = assign({path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in paths.items()}, None)
+    in_keras = resolve(list(paths.items()), {})
+    for expected, (path, shape) in zip(shapes, paths.items(), strict=True):
+        rows = Layout(0 if len(expected) > 1 else None).rows(expected)
+        for assigned in (optax, in_keras):
+            found = assigned[path].layout.rows(shape)
+            assert (found.projects, found.count, found.length) == (rows.projects, rows.count, rows.length), path
+
+
+def test_variables_of_keras_have_the_paths_that_layouts_go_by():
+    from adamp_tf._layouts import named_shapes
+    from benchmarks import keras_worker
+
+    variable = keras_worker._variable("layer_3/kernel", np.zeros((2, 3), np.float32))
+    assert named_shapes([variable]) == [("layer_3/kernel", (2, 3))]
+
+
+def test_arrays_bring_decisions_of_both_kinds():
+    params, grads = ways.make_arrays([*TINY, (1, 7, 3), (64, 3, 2, 2)])
+    matrices = [(i, path) for i, (path, p) in enumerate(params.items()) if p.ndim > 1]
+    assert {i % 2 for i, _ in matrices} == {0, 1}
+    for i, path in matrices:
+        columns = params[path].shape[-1] if path.endswith("kernel") else 1
+        x, g = (y[path].reshape(-1, columns) for y in (params, grads))
+        cosine = np.abs((x * g).sum(0)) / np.linalg.norm(x, axis=0) / np.linalg.norm(g, axis=0)
+        assert (cosine.max() < 1e-5) == (i % 2 == 0), path
+
+
+def test_contenders_share_parameters_that_stay_as_they_are(tiny):
+    steps = optax_step.Steps(TINY, jax.devices("cpu")[0])
+    before, _ = ways.make_arrays(TINY)
+    for name in ("adamp-jit", "adamp-jit-memory", "lamb-jit", "sgdp-jit"):
+        step, _ = steps.first(optax_step.CONTENDERS[name])
+        step()
+    for path, p in before.items():
+        np.testing.assert_allclose(steps._params[path], p, rtol=0, atol=1e-5)
 
 
 # --- checks for a GPU ------------------------------------------------------------------------------------------------
