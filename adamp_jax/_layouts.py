@@ -32,8 +32,8 @@ def describe(params: optax.Params, layouts: Layouts = None) -> str:
 
     Names cannot tell everything: look here once per model, and override what is wrong. What the
     rules cannot see: parameters stacked by ``nn.scan`` or ``vmap`` (add ``batch=``), transposed
-    convolutions under a name of their own and Equinox's (channels are the input's axis), and
-    ``DenseGeneral`` kernels with several output axes.
+    convolutions under a name of their own and Equinox's (channels are the input's axis), biases of
+    Equinox's norms over several axes, and ``DenseGeneral`` kernels with several output axes.
 
     Args:
       params: a tree of parameters; anything with a shape will do.
