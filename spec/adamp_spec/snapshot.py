@@ -274,8 +274,8 @@ def opened(path: str | os.PathLike[str], framework: str) -> Iterator[tuple[Snaps
         begin = file.read(2)
     if begin[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
         raise SnapshotError(
-            f"{os.fspath(path)!r} is a pickle or an archive, as torch.save writes it, and may run code when loaded: read "
-            "it with torch.load(..., weights_only=True), load that into model and optimizer, and save a snapshot of them"
+            f"{os.fspath(path)!r} is a pickle or an archive, as torch.save writes it, and may run code when loaded: "
+            "read it with torch.load(..., weights_only=True), load that into model and optimizer, save a snapshot"
         )
     try:
         opened_file = safe_open(path, framework)
