@@ -1,4 +1,4 @@
-"""Layers in all frameworks, from `spec/layouts.toml`: weights and moments carried over, and the layout of each parameter.
+"""Layers in all frameworks, from `spec/layouts.toml`: weights and moments carried over, and each parameter's layout.
 
 ```python
 weights = convert("conv", {"weight": w, "bias": b}, "torch", "keras")  # {"kernel": ..., "bias": ...}
@@ -42,9 +42,7 @@ class Letter(NamedTuple):
     backwards: bool
 
 
-Axes = tuple[
-    tuple[Letter, ...], ...
-]  # each of an array's axes is made of letters, the outermost first; of none: size 1
+Axes = tuple[tuple[Letter, ...], ...]  # what each axis is made of, the outermost first; nothing: size 1
 
 
 class Term(NamedTuple):
@@ -233,7 +231,7 @@ class _Known(NamedTuple):
         if letter.name not in self.sizes:
             raise ValueError(
                 f"layer {self.row.name!r}: the shapes do not tell the size of axis {letter.name!r}; "
-                f"give it as sizes={{{letter.name!r}: ...}}"
+                f"give it as sizes={{{letter.name!r}: n}}"
             )
         return self.sizes[letter.name]
 
@@ -246,7 +244,7 @@ def _expand(row: Row, axes: Axes, spatial: int | None) -> Axes:
     if spatial is None:
         if any(letter.name.endswith(SPATIAL) for axis in axes for letter in axis):
             raise ValueError(
-                f"layer {row.name!r}: the shapes do not tell the number of spatial axes; give it as sizes={{'...': ...}}"
+                f"layer {row.name!r}: the shapes do not tell the number of spatial axes; give it as sizes={{'...': n}}"
             )
         return axes
     written: list[tuple[Letter, ...]] = []
@@ -266,7 +264,7 @@ def _measure(
     if unknown := set(shapes) - set(pieces):
         raise ValueError(f"layer {row.name!r} has no {sorted(unknown)} in {source}; it has {sorted(pieces)}")
     sizes = dict(given or {})
-    axes = {letter.name for form in row.forms.values() for letter in form.letters()}
+    axes = {letter.name.removeprefix("1") for form in row.forms.values() for letter in form.letters()}
     if unknown := set(sizes) - axes:
         raise ValueError(f"layer {row.name!r} has no axes {sorted(unknown)}; sizes may name {sorted(axes)}")
     spatial = sizes.pop(SPATIAL, None)
@@ -434,7 +432,7 @@ def _from_torch(row: Row, target: str, torch: Arrays, known: _Known, moments: bo
                 x = _plus_constants(x, row, names, piece, 1)
             if row.part_axis in names and form.order:
                 x = x.take([row.parts.index(part) for part in form.order], names.index(row.part_axis))
-            x = np.flip(x, [i for i, letter in enumerate(letters) if letter.backwards])
+            x = np.flip(x, tuple(i for i, letter in enumerate(letters) if letter.backwards))
             joined.append(x.reshape(known.shape(axes)))
         answer[name] = np.concatenate(joined) if len(joined) > 1 else np.ascontiguousarray(joined[0])
     return answer
@@ -463,7 +461,7 @@ def _pieces(pieces: Sequence[Piece], array: np.ndarray, known: _Known) -> Iterat
 def _split(x: np.ndarray, letters: Sequence[Letter], known: _Known) -> np.ndarray:
     """One axis for each letter, none backwards."""
     x = x.reshape([known.size(letter) for letter in letters])
-    return np.flip(x, [i for i, letter in enumerate(letters) if letter.backwards])
+    return np.flip(x, tuple(i for i, letter in enumerate(letters) if letter.backwards))
 
 
 def _place(row: Row, term: Term, known: _Known) -> tuple[tuple[slice | int, ...], list[str]]:
@@ -487,7 +485,7 @@ def _plus_constants(x: np.ndarray, row: Row, names: Sequence[str], piece: Piece,
 
 
 def _cut(row: Row, axes: Axes) -> tuple[list[int], list[int], list[list[Letter]] | None]:
-    """Channel axes, batch axes, and the runs of letters that the view's axes are made of, None where no view is needed."""
+    """Channel axes, batch axes, and what each axis of the view is made of, None where no view is needed."""
 
     def kind(letter: Letter) -> str:
         return "channel" if letter.indexes_rows else "batch" if letter.name == row.batch else "row"
@@ -520,7 +518,7 @@ def read_row(name: str, entry: Mapping) -> Row:
       ValueError: the row contradicts itself; the message names the place.
     """
     ((part_axis, parts),) = entry.get("parts", {None: ""}).items()
-    forms = {}
+    forms: dict[str, Form] = {}
     for framework in ("torch", "keras", "flax", "linen", "nnx", "equinox", "haiku"):
         if framework in entry:
             form = _read_form(framework, entry[framework])
