@@ -8,6 +8,7 @@ import os
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cache, partial
+from pathlib import Path
 
 import torch._dynamo  # imports Triton, which aborts the process where TensorFlow was imported before it
 
@@ -29,7 +30,7 @@ import adamp_tf
 import adamp_torch
 from adamp_conformance.cases import Random, noise, orthogonal_rows
 from adamp_conformance.judge import expected_outcomes, margins
-from adamp_conformance.layers import convert, layouts, rows
+from adamp_conformance.layers import convert, layouts, markdown, read_row, rows
 from adamp_jax._layouts import assign
 from adamp_spec import Bounded, Branch, Layout
 from adamp_tf._layouts import named_shapes, resolve
@@ -718,7 +719,11 @@ def real_jax(case, framework, inputs, call):
         chosen["renamed"] = by_path(renamed)
     own = {names[path]: shape for path, shape in shapes.items()}
     return Real(
-        layer, own, lambda arrays: channels_last(case, framework, np.asarray(jax.jit(apply)(tree(arrays)))), step, chosen
+        layer,
+        own,
+        lambda arrays: channels_last(case, framework, np.asarray(jax.jit(apply)(tree(arrays)))),
+        step,
+        chosen,
     )
 
 
@@ -831,7 +836,9 @@ def same_rows(a, b, shape):
         if not cut.projects:
             return None
         index = np.indices(cut.shape)
-        keys = [index[list(axes)].reshape(len(axes), np.prod(cut.shape)).T for axes in (cut.batch, cut.batch + cut.channel)]
+        keys = [
+            index[list(axes)].reshape(len(axes), np.prod(cut.shape)).T for axes in (cut.batch, cut.batch + cut.channel)
+        ]
         return [np.unique(key, axis=0, return_inverse=True)[1].ravel() for key in keys]
 
     a, b = cells(a), cells(b)
@@ -930,3 +937,78 @@ def test_every_layer_of_the_table_is_here():
             }
             if row.name not in ("stacked", "stacked_on_axis_1", "class_token", "position_embedding"):
                 assert names == here[row.name, framework], (row.name, framework)
+
+
+def test_the_page_for_readers_is_the_table():
+    assert (Path(__file__).parent.parent / "docs" / "layouts.md").read_text() == markdown()
+
+
+DENSE = {"title": "dense", "torch": {"layer": "Linear", "weight": "OUT in"}}
+
+
+@pytest.mark.parametrize(
+    ("keras_kernel", "message"),
+    [
+        ("weight: in HEADS", "has other axes"),
+        ("weight: in out", "has other axes"),  # what indexes the rows here does so everywhere
+        ("kernel: in OUT", "PyTorch's layer has no 'kernel'"),
+        ("weight[q]: in OUT", "weight has no part 'q'"),
+        ("weight: in in OUT", "an axis is named twice"),
+    ],
+)
+def test_a_row_that_contradicts_itself_is_refused(keras_kernel, message):
+    assert read_row("dense", DENSE | {"keras": {"layer": "Dense", "kernel": "weight: in OUT"}})
+    with pytest.raises(ValueError, match=message):
+        read_row("dense", DENSE | {"keras": {"layer": "Dense", "kernel": keras_kernel}})
+
+
+@pytest.mark.parametrize("form", [{"order": "a b"}, {"declare": ["weight"]}])
+def test_options_that_do_not_fit_a_row_are_refused(form):
+    with pytest.raises(ValueError, match=r"is not a permutation|are no parameters"):
+        read_row("dense", DENSE | {"keras": {"layer": "Dense", "kernel": "weight: in OUT"} | form})
+
+
+KERNEL = np.zeros((3, 3, 4, 6))
+IN_PROJ = {"in_proj_weight": np.zeros((24, 8))}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("dens", {}, "torch", "keras"), "there is no layer 'dens'"),
+        (("gru", {}, "torch", "haiku"), "'gru' has no framework 'haiku'"),
+        (("conv", {"weight": KERNEL}, "keras", "torch"), r"no \['weight'\] in keras; it has \['bias', 'kernel'\]"),
+        (("dense", {"kernel": KERNEL}, "keras", "torch"), r"'in OUT', which \(3, 3, 4, 6\) does not fit"),
+        (("conv", {"kernel": KERNEL, "bias": np.zeros(5)}, "keras", "torch"), r"'bias' is 'out' and cannot .* \(5,\)"),
+        (("attention", IN_PROJ, "torch", "keras"), "size of axis 'heads'; give it as sizes"),
+        (("attention", IN_PROJ, "torch", "keras", {"heads": 3}), "'in_proj_weight' .* cannot have shape"),
+        (("attention", IN_PROJ, "torch", "keras", {"head": 2}), r"no axes \['head'\]"),
+        (("attention", {"query/w": np.zeros((8, 8))}, "haiku", "torch"), r"\['key/w', 'value/w'\] of haiku missing"),
+        (("lstm", {"bias_ih": np.zeros(8)}, "torch", "keras"), r"\['bias_hh'\] of torch missing"),
+        (("batch_norm", {"weight": np.zeros(4)}, "torch", "haiku"), "number of spatial axes"),
+        (("gru", {"bias_ih": np.ones(6), "bias_hh": np.ones(6)}, "torch", "nnx"), r"no place for bias_hh\[n\]"),
+        (("rnn", {"weight_hh": np.zeros((3, 4))}, "torch", "keras"), "must be of one size"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(arguments, message):
+    *given, sizes = arguments if len(arguments) == 5 else (*arguments, None)
+    with pytest.raises(ValueError, match=message):
+        convert(*given, sizes=sizes)
+
+
+def test_sums_and_constants_are_of_weights_and_not_of_moments():
+    pair = {"bias_ih": np.arange(8.0), "bias_hh": np.arange(8.0)}
+    (weights,) = convert("lstm", pair, "torch", "haiku").values()
+    np.testing.assert_array_equal(weights, [0, 2, 8, 10, 3, 5, 12, 14])  # i g f o, and 1 less for f
+    (moments,) = convert("lstm", pair, "torch", "haiku", moments=True).values()
+    np.testing.assert_array_equal(moments, [0, 1, 4, 5, 2, 3, 6, 7])
+    back = convert("lstm", {"linear/b": moments}, "haiku", "torch", moments=True)
+    np.testing.assert_array_equal(back["bias_ih"], pair["bias_ih"])
+    np.testing.assert_array_equal(back["bias_hh"], pair["bias_hh"])
+
+
+def test_a_layer_without_a_bias_and_shapes_that_need_no_sizes():
+    assert set(convert("conv", {"kernel": KERNEL}, "keras", "equinox")) == {"weight"}
+    fused = {"weight": np.arange(24.0).reshape(8, 1, 3)}
+    assert convert("depthwise_conv", fused, "torch", "haiku")["w"].shape == (3, 1, 8)  # how 8 is 4 * 2 does not matter
+    assert convert("depthwise_conv", fused, "torch", "keras", sizes={"m": 2})["kernel"].shape == (3, 4, 2)
