@@ -253,10 +253,10 @@ def _checked(gradient: Any, variable: Any) -> Any:
         return None
     path, shape = path_of(variable), tuple(variable.shape)
     _check_dtype(gradient, f"the gradient of {path!r}")
-    if type(gradient).__name__ == "IndexedSlices":  # TensorFlow's, which Keras's own sparse=False leaves as it is
-        gradient = ops.scatter(ops.expand_dims(gradient.indices, -1), gradient.values, shape)
-    gradient = ops.convert_to_tensor(gradient, sparse=False)
-    got = tuple(gradient.shape)
+    slices = type(gradient).__name__ == "IndexedSlices"  # TensorFlow's, which Keras's own sparse=False leaves as it is
+    got = (None, *gradient.values.shape[1:]) if slices and gradient.dense_shape is None else tuple(gradient.shape)
     if len(got) != len(shape) or any(size not in (None, wanted) for size, wanted in zip(got, shape, strict=True)):
         raise ValueError(f"the gradient of {path!r} has shape {got}, but the variable has shape {shape}")
-    return gradient
+    if slices:
+        return ops.scatter(ops.expand_dims(gradient.indices, -1), gradient.values, shape)
+    return ops.convert_to_tensor(gradient, sparse=False)

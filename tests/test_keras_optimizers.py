@@ -10,7 +10,8 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import keras
 import numpy as np
-import tensorflow as tf
+from keras import ops
+from keras.backend import standardize_dtype
 
 import adamp_tf
 from adamp_spec import Layout
@@ -46,11 +47,11 @@ def variables_of(*shapes, dtype="float32"):
 
 def grads_of(*variables, seed=2):
     rng = np.random.default_rng(seed)
-    return [tf.constant(rng.normal(size=tuple(v.shape)), v.dtype) for v in variables]
+    return [ops.convert_to_tensor(rng.normal(size=tuple(v.shape)), standardize_dtype(v.dtype)) for v in variables]
 
 
 def values(variables):
-    return [v.numpy() for v in variables]
+    return [np.array(ops.convert_to_numpy(v)) for v in variables]
 
 
 def assert_same(a, b):
@@ -59,19 +60,6 @@ def assert_same(a, b):
 
 
 # Training
-
-
-@both
-def test_fit_is_the_same_compiled_and_not(make):
-    """XLA contracts and reorders, so the same up to rounding."""
-    results = []
-    for options in ({"jit_compile": True}, {"jit_compile": False}, {"run_eagerly": True}):
-        model = model_of()
-        losses = fit(model, make(), **options)
-        assert losses[-1] < losses[0]
-        results.append(np.concatenate([v.ravel() for v in values(model.trainable_variables)]))
-    np.testing.assert_allclose(results[0], results[2], atol=3e-5)
-    np.testing.assert_allclose(results[1], results[2], atol=3e-5)
 
 
 @both
@@ -87,24 +75,6 @@ def test_low_precision(make, dtype):
     assert losses[-1] < losses[0]
     scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     assert scaled == (dtype == "mixed_float16")
-
-
-@both
-def test_no_retracing(make):
-    variables = variables_of((3, 4), (4,))
-    optimizer = make()
-    optimizer.build(variables)
-    traces = []
-
-    @tf.function
-    def step(*grads):
-        traces.append(1)
-        optimizer.apply(grads, variables)
-
-    for seed in range(3):
-        step(*grads_of(*variables, seed=seed))
-    assert len(traces) == 1
-    assert int(optimizer.iterations) == 3
 
 
 def test_learning_rates():
@@ -126,7 +96,7 @@ def test_learning_rate_can_be_set():
     optimizer.learning_rate = 0.25
     variables = variables_of((4,))
     start = values(variables)[0]
-    optimizer.apply([tf.ones(4)], variables)
+    optimizer.apply([ops.ones(4)], variables)
     np.testing.assert_array_equal(variables[0], start - np.float32(0.25))
 
 
@@ -144,23 +114,6 @@ def test_accumulation_is_the_mean_gradient(make):
 
 
 @both
-@pytest.mark.parametrize("clip", [{"clipnorm": 0.5}, {"clipvalue": 0.5}, {"global_clipnorm": 0.5}])
-def test_clipping(make, clip):
-    (kind, limit), first, second = *clip.items(), variables_of((3, 4), (4,)), variables_of((3, 4), (4,))
-    grads = grads_of(*first)
-    whole = tf.linalg.global_norm(grads)
-    clipped = {
-        "clipnorm": [tf.clip_by_norm(g, limit) for g in grads],
-        "clipvalue": [tf.clip_by_value(g, -limit, limit) for g in grads],
-        "global_clipnorm": [g * (limit / whole) for g in grads],
-    }[kind]
-    make(**clip).apply(grads, first)
-    make().apply(clipped, second)
-    for a, b in zip(values(first), values(second), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6)
-
-
-@both
 def test_ema(make):
     variables = variables_of((3, 4))
     optimizer = make(use_ema=True, ema_momentum=0.5)
@@ -170,30 +123,6 @@ def test_ema(make):
         seen.append(values(variables)[0])
     optimizer.finalize_variable_values(variables)
     np.testing.assert_allclose(variables[0], 0.25 * seen[0] + 0.25 * seen[1] + 0.5 * seen[2], rtol=1e-6)
-
-
-@both
-def test_sparse_gradients_are_dense_ones(make):
-    sparse, dense = variables_of((5, 3)), variables_of((5, 3))
-    optimizers = make(clipnorm=1.0), make(clipnorm=1.0)
-    for seed in range(3):
-        picked = np.random.default_rng(seed).normal(size=(3, 3)).astype("float32")
-        slices = tf.IndexedSlices(tf.constant(picked), tf.constant([4, 1, 4]), tf.constant([5, 3]))
-        full = np.zeros((5, 3), "float32")
-        np.add.at(full, [4, 1, 4], picked)
-        optimizers[0].apply([slices], sparse)
-        optimizers[1].apply([tf.constant(full)], dense)
-    assert_same(values(sparse), values(dense))
-
-
-@both
-@pytest.mark.parametrize("options", [{"jit_compile": True}, {"run_eagerly": True}, {"jit_compile": False}])
-def test_embedding(make, options):
-    model = keras.Sequential([keras.Input((3,), dtype="int32"), keras.layers.Embedding(7, 4), keras.layers.Flatten()])
-    model.compile(make(), loss="mse", **options)
-    x, y = np.arange(12).reshape(4, 3) % 7, np.ones((4, 12), "float32")
-    losses = model.fit(x, y, epochs=3, verbose=0).history["loss"]
-    assert losses[-1] < losses[0]
 
 
 @both
@@ -215,7 +144,7 @@ def test_missing_gradients_leave_variable_and_slots(make):
     optimizer.apply(grads_of(*variables), variables)
     before = values([variables[0], *(v for v in optimizer.variables if "v0" in v.path)])
     with pytest.warns(UserWarning, match="Gradients do not exist"):
-        optimizer.apply([None, tf.ones(4)], variables)
+        optimizer.apply([None, ops.ones(4)], variables)
     assert_same(before, values([variables[0], *(v for v in optimizer.variables if "v0" in v.path)]))
 
 
@@ -225,27 +154,6 @@ def test_empty_variable_advances_the_step(make):
     optimizer = make()
     optimizer.apply(grads_of(*variables), variables)
     assert int(optimizer.iterations) == 1
-
-
-@both
-def test_bare_tf_variables(make):
-    keras_variables = variables_of((3, 4), (4,))
-    bare = [tf.Variable(v.value, name=v.name) for v in keras_variables]
-    grads = grads_of(*keras_variables)
-    make().apply_gradients(zip(grads, keras_variables, strict=True))
-    make().apply_gradients(zip(grads, bare, strict=True))
-    assert_same(values(keras_variables), values(bare))
-
-
-def test_distribution_strategy():
-    strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
-    with strategy.scope():
-        variables, optimizer = variables_of((3, 4)), adamp_tf.AdamP()
-        optimizer.build(variables)
-    strategy.run(lambda: optimizer.apply(grads_of(*variables), variables))
-    plain = variables_of((3, 4))
-    adamp_tf.AdamP().apply(grads_of(*plain), plain)
-    assert_same(values(variables), values(plain))
 
 
 def test_adamp_without_projection_is_adamw():
@@ -264,13 +172,11 @@ def test_a_poisoned_slice_stays_alone(make, poison):
     results = []
     for bad in (0.0, poison):
         variables = variables_of((3, 5, 4))
-        (gradient,) = (g.numpy() for g in grads_of(*variables))
-        gradient[1] -= (
-            variables[0].numpy()[1] * np.sum(gradient[1] * variables[0][1], 0) / np.sum(variables[0][1] ** 2, 0)
-        )
+        (gradient,), (p,) = values(grads_of(*variables)), values(variables)
+        gradient[1] -= p[1] * np.sum(gradient[1] * p[1], 0) / np.sum(p[1] ** 2, 0)
         gradient[0, 2, 2] += bad
-        make(layouts={"v0": Layout(2, batch=0)}).apply([tf.constant(gradient)], variables)
-        results.append(variables[0].numpy())
+        make(layouts={"v0": Layout(2, batch=0)}).apply([ops.convert_to_tensor(gradient)], variables)
+        results += values(variables)
     clean, poisoned = results
     np.testing.assert_array_equal(clean[1:], poisoned[1:])
     hit = np.zeros((5, 4), bool)
@@ -343,23 +249,6 @@ def test_pickle(make):
     assert_same(values(model.trainable_variables), values(copy.trainable_variables))
 
 
-@both
-def test_tf_checkpoint(make, tmp_path):
-    def fresh():
-        variables = variables_of((3, 4), (4,))
-        optimizer = make(layouts={"v0": Layout(0)})
-        optimizer.build(variables)
-        return variables, optimizer, tf.train.Checkpoint(optimizer=optimizer, variables=[v.value for v in variables])
-
-    variables, optimizer, checkpoint = fresh()
-    optimizer.apply(grads_of(*variables), variables)
-    path = checkpoint.save(str(tmp_path / "checkpoint"))
-    others, other, restored = fresh()
-    restored.restore(path).assert_existing_objects_matched()
-    assert_same(values(optimizer.variables), values(other.variables))
-    assert_same(values(variables), values(others))
-
-
 # Errors
 
 
@@ -393,12 +282,11 @@ def test_wrong_hyperparameters(name, value, error):
 def bad_gradients(variables):
     good = grads_of(*variables)
     return {
-        "shape": [good[0], tf.ones((3, 2)), good[2]],
-        "broadcast": [good[0], tf.ones((1,)), good[2]],
-        "rank": [good[0], good[1], tf.ones(())],
-        "sparse": [tf.IndexedSlices(tf.ones((1, 4)), tf.constant([0]), tf.constant([7, 4])), good[1], tf.ones(1)],
-        "complex": [good[0], good[1], tf.cast(good[2], tf.complex64)],
-        "integer": [good[0], good[1], tf.ones((2, 2), tf.int32)],
+        "shape": [good[0], ops.ones((3, 2)), good[2]],
+        "broadcast": [good[0], ops.ones((1,)), good[2]],
+        "rank": [good[0], good[1], ops.ones(())],
+        "complex": [good[0], good[1], ops.cast(good[2], "complex64")],
+        "integer": [good[0], good[1], ops.ones((2, 2), "int32")],
         "too few": good[:2],
         "too many": [*good, good[0]],
     }
@@ -406,7 +294,7 @@ def bad_gradients(variables):
 
 @both
 @pytest.mark.parametrize("built", [True, False])
-@pytest.mark.parametrize("kind", ["shape", "broadcast", "rank", "sparse", "complex", "integer", "too few", "too many"])
+@pytest.mark.parametrize("kind", ["shape", "broadcast", "rank", "complex", "integer", "too few", "too many"])
 def test_bad_gradients_change_nothing(make, kind, built):
     variables = variables_of((3, 4), (4,), (2, 2))
     optimizer = make()
@@ -427,7 +315,7 @@ def test_bad_gradients_change_nothing(make, kind, built):
 @both
 @pytest.mark.parametrize("dtype", ["complex64", "int32"])
 def test_only_real_floating_point_variables(make, dtype):
-    variables = [*variables_of((3, 4)), keras.Variable(np.ones((2, 2)), dtype=dtype, name="odd")]
+    variables = [*variables_of((3, 4)), keras.Variable(np.ones((2, 2)), dtype=dtype, trainable=False, name="odd")]
     optimizer = make()
     with pytest.raises(TypeError, match=f"odd has dtype {dtype}"):
         optimizer.build(variables)
