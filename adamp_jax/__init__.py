@@ -11,12 +11,16 @@
 from adamp_jax._adamp import ScaleByAdamPState, adamp, scale_by_adamp
 from adamp_jax._layouts import describe
 from adamp_jax._sgdp import ScaleBySGDPState, scale_by_sgdp, sgdp
+from adamp_jax._snapshot import Restored, load_snapshot, save_snapshot
 
 __all__ = [
+    "Restored",
     "ScaleByAdamPState",
     "ScaleBySGDPState",
     "adamp",
     "describe",
+    "load_snapshot",
+    "save_snapshot",
     "scale_by_adamp",
     "scale_by_sgdp",
     "sgdp",

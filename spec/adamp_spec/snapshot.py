@@ -160,14 +160,14 @@ class Snapshot:
                 f"the snapshot is of {self.algorithm}, the optimizer is {algorithm}; make the other one"
             )
         found = {name.removeprefix("other/") for name in tensors if name.startswith("other/")}
-        for what, here, there in (
+        for what, wanted, given in (
             ("optimized parameters", set(places), set(self.parameters)),
             ("other tensors", set(others), found),
         ):
-            if here != there:
+            if wanted != given:
                 raise SnapshotError(
-                    f"the snapshot and the model differ in their {what}: only the snapshot has {sorted(there - here)}, "
-                    f"only the model {sorted(here - there)}; make both alike, or map their names"
+                    f"snapshot and model differ in their {what}: only the snapshot has {sorted(given - wanted)}, "
+                    f"only the model {sorted(wanted - given)}; make both alike, or map their names"
                 )
         become: dict[int, Hyper] = {}
         for name, place in places.items():
@@ -180,9 +180,11 @@ class Snapshot:
             if become.setdefault(place.group, self.groups[entry.group]) != self.groups[entry.group]:
                 raise SnapshotError(
                     f"group {place.group} of the optimizer would have to be {become[place.group]} and, for parameter "
-                    f"{name!r}, {self.groups[entry.group]}: make two groups of it"
+                    f"{name!r}, {self.groups[entry.group]}: make two groups of it "
+                    "(weight_decay_mask in Optax, exclude_from_weight_decay in Keras)"
                 )
-            if entry.layout.rows(place.shape) != place.layout.rows(place.shape):
+            there, here = entry.layout.rows(place.shape), place.layout.rows(place.shape)
+            if there != here and (there.projects or here.projects):
                 raise SnapshotError(
                     f"parameter {name!r} has {entry.layout} in the snapshot, {place.layout} in the optimizer, which is "
                     "then another optimizer: give it the snapshot's in `layouts`"

@@ -1,0 +1,180 @@
+"""Snapshots of parameters and optimizer state, which every backend reads (SNAPSHOT.md)."""
+
+import functools
+import os
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adamp_jax._adamp import ScaleByAdamPState
+from adamp_jax._base import decayed
+from adamp_jax._layouts import Layouts, assign, path_name
+from adamp_jax._sgdp import ScaleBySGDPState
+from adamp_spec import snapshot
+from adamp_spec.snapshot import Entry, Hyper, Place, Snapshot, SnapshotError
+
+_FIELDS: dict[type, tuple[str, dict[str, str]]] = {
+    ScaleByAdamPState: ("adamp", {"m": "mu", "v": "nu"}),
+    ScaleBySGDPState: ("sgdp", {"m": "trace"}),
+}
+_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"} | {
+    f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
+}
+
+
+class Restored(NamedTuple):
+    """What `load_snapshot` gives back.
+
+    Attributes:
+      params: the parameters, a tree like the one given.
+      opt_state: the optimizer's state, likewise.
+      hyperparameters: those of the snapshot; the transformation has its own, which are to be the same.
+      others: what the model holds besides, likewise.
+    """
+
+    params: optax.Params
+    opt_state: optax.OptState
+    hyperparameters: Hyper
+    others: Any
+
+
+def save_snapshot(
+    path: str | os.PathLike[str],
+    params: optax.Params,
+    opt_state: optax.OptState,
+    hyperparameters: Hyper,
+    *,
+    weight_decay_mask: Any = None,
+    layouts: Layouts = None,
+    others: Any = None,
+) -> None:
+    """Writes parameters and optimizer state to a file that the other backends read, too.
+
+    Array after array goes through the host's memory; the file is there whole or not at all.
+
+    Args:
+      path: the file; one that is there is replaced.
+      params: a tree of parameters.
+      opt_state: the state of `adamp` or `sgdp`, alone or with other transformations around it.
+      hyperparameters: an :class:`adamp_spec.AdamPHyper` or `SGDPHyper` with what the transformation was made with, the
+        learning rate as it is now: a state does not hold them.
+      weight_decay_mask, layouts: as the transformation was given.
+      others: a tree of what the model holds besides, such as Flax's `batch_stats`.
+
+    Raises:
+      ValueError: there is not one state of AdamP or SGDP that covers all parameters, or the hyperparameters are for the
+        other one.
+      TypeError: a dtype that a snapshot cannot hold.
+      OSError: the file cannot be written.
+    """
+    state, algorithm, moments = _find(params, opt_state)
+    if hyperparameters.algorithm != algorithm:
+        raise ValueError(f"the state is one of {algorithm}, the hyperparameters are {hyperparameters}")
+    places = _places(params, hyperparameters.weight_decay, weight_decay_mask, layouts)
+    last = max((place.group for place in places.values()), default=0)
+    groups = (hyperparameters, replace(hyperparameters, weight_decay=0.0))[: last + 1]
+    entries = {name: Entry(place.group, int(state.count), place.layout) for name, place in places.items()}
+    trees = {"parameter": params, **moments, "other": others}
+    tensors = {
+        f"{kind}/{name}": snapshot.Tensor(_dtype(name, x), jnp.shape(x), functools.partial(np.asarray, x))
+        for kind, tree in trees.items()
+        for name, x in _named(tree).items()
+    }
+    snapshot.write(path, Snapshot(algorithm, groups, entries), tensors)
+
+
+def load_snapshot(
+    path: str | os.PathLike[str],
+    params: optax.Params,
+    opt_state: optax.OptState,
+    *,
+    weight_decay_mask: Any = None,
+    layouts: Layouts = None,
+    others: Any = None,
+) -> Restored:
+    """Reads what `save_snapshot` of any backend has written.
+
+    Every count in the state becomes the snapshot's step, so that schedules go on from there.
+
+    Args:
+      path: the file.
+      params, opt_state, others: trees of the same names, shapes and dtypes, whose values do not matter; what comes back
+        is sharded as they are.
+      weight_decay_mask, layouts: as the transformation was given.
+
+    Raises:
+      adamp_spec.snapshot.SnapshotError: the file is no snapshot, is damaged, or does not fit.
+      ValueError, TypeError: as `save_snapshot`.
+    """
+    state, algorithm, moments = _find(params, opt_state)
+    places = _places(params, 1.0, weight_decay_mask, layouts)
+    kept = {name: (_dtype(name, x), jnp.shape(x)) for name, x in _named(others).items()}
+    with snapshot.opened(path, "flax") as (saved, tensors):
+        groups = saved.check_target(tensors, algorithm, places, kept)
+        decaying, resting = groups.get(0), groups.get(1)
+        hyper = decaying or resting
+        if hyper is None:
+            raise SnapshotError("the snapshot has no parameters")
+        if decaying and resting and resting != replace(decaying, weight_decay=0.0):
+            raise SnapshotError(
+                f"the snapshot has groups that differ in more than their decay, {decaying} and {resting}, and one "
+                "transformation cannot be both: divide the parameters with optax.partition"
+            )
+        steps = {entry.step for entry in saved.parameters.values()}
+        if len(steps) > 1:
+            late = sorted(name for name, entry in saved.parameters.items() if entry.step < max(steps))
+            raise SnapshotError(
+                f"parameters {late} have taken fewer steps than others, and Optax counts for all: leave them out of "
+                "the optimizer that you save"
+            )
+
+        def filled(kind: str, tree: Any) -> Any:
+            def fill(key: Any, x: Any) -> Any:
+                value = tensors[f"{kind}/{path_name(key)}"].read()
+                return jax.device_put(value, x.sharding) if isinstance(x, jax.Array) else value
+
+            return jax.tree_util.tree_map_with_path(fill, tree)
+
+        fields = _FIELDS[type(state)][1]
+        new = state._replace(**{fields[kind]: filled(kind, tree) for kind, tree in moments.items()})
+        opt_state = jax.tree.map(lambda x: new if x is state else x, opt_state, is_leaf=lambda x: x is state)
+        opt_state = optax.tree_utils.tree_set(opt_state, count=jnp.asarray(steps.pop(), jnp.int32))
+        return Restored(filled("parameter", params), opt_state, hyper, filled("other", others))
+
+
+def _find(params: optax.Params, opt_state: optax.OptState) -> tuple[Any, str, dict[str, Any]]:
+    """The one state of AdamP or SGDP, its algorithm, and its moments by their names in a snapshot."""
+    kinds = tuple(_FIELDS)
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds)) if isinstance(x, kinds)]
+    if len(found) != 1:
+        raise ValueError(f"the state must hold one ScaleByAdamPState or ScaleBySGDPState, and holds {len(found)}")
+    algorithm, fields = _FIELDS[type(found[0])]
+    moments = {kind: getattr(found[0], field) for kind, field in fields.items()}
+    for kind, tree in moments.items():
+        if missing := set(_named(params)) - set(_named(tree)):
+            raise ValueError(f"moment {kind!r} does not cover {sorted(missing)}: save what is masked alone")
+    return found[0], algorithm, moments
+
+
+def _places(params: optax.Params, weight_decay: float, mask: Any, layouts: Layouts) -> dict[str, Place]:
+    """Where each parameter belongs; what does not decay is the second group."""
+    decays = decayed(weight_decay, mask, params) if weight_decay else dict.fromkeys(_named(params), True)
+    return {
+        name: Place(_NAMES[str(jnp.result_type(x))], jnp.shape(x), int(not decays[name]), assigned.layout)
+        for (name, x), assigned in zip(_named(params).items(), assign(params, layouts).values(), strict=True)
+    }
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _dtype(name: str, x: Any) -> str:
+    dtype = str(jnp.result_type(x))
+    if dtype not in _NAMES:
+        raise TypeError(f"{name!r} is {dtype}, which a snapshot cannot hold")
+    return _NAMES[dtype]
