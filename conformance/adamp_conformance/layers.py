@@ -375,10 +375,10 @@ def _to_torch(row: Row, source: str, arrays: Arrays, known: _Known, moments: boo
             for term in piece.terms:
                 needed[term.parameter].add(name)
     torch = {}
-    for parameter, names in needed.items():
-        if _present(row, source, names, arrays):
+    for parameter, whole in needed.items():
+        if _present(row, source, whole, arrays):
             axes = known.axes(row.forms["torch"].pieces[parameter][0].axes)
-            dtype = arrays[next(iter(sorted(names)))].dtype
+            dtype = arrays[next(iter(sorted(whole)))].dtype
             torch[parameter] = np.zeros([known.size(letter) for axis in axes for letter in axis], dtype)
     for name, array in arrays.items():
         for piece, x in _pieces(form.pieces[name], array, known):
@@ -475,10 +475,12 @@ def _place(row: Row, term: Term, known: _Known) -> tuple[tuple[slice | int, ...]
 
 
 def _plus_constants(x: np.ndarray, row: Row, names: Sequence[str], piece: Piece, sign: int) -> np.ndarray:
+    if not piece.constants:
+        return x
+    x = np.moveaxis(x, names.index(row.part_axis or ""), 0).copy()
     for constant, part in piece.constants:
-        x = x.copy()
-        x[(*[slice(None)] * names.index(row.part_axis or ""), row.parts.index(part))] += sign * constant
-    return x
+        x[row.parts.index(part)] += sign * constant
+    return np.moveaxis(x, 0, names.index(row.part_axis or ""))
 
 
 # ------------------------------------------------------------------------------------------------ layouts
