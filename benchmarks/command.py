@@ -97,7 +97,7 @@ class Session:
             json_path = json_path or ROOT / "benchmarks" / "results" / f"{page.tool}_{machine['device_type']}.json"
             markdown_path = markdown_path or ROOT / page.document
             plot_path = plot_path or json_path.with_suffix(".svg")
-        self.results: Results = {"format": FORMAT, "environment": machine, "skipped": {}, "runs": []}
+        self._results: Results = {"format": FORMAT, "environment": machine, "skipped": {}, "runs": []}
         self._page, self._json, self._markdown, self._plot = page, json_path, markdown_path, plot_path
         self._text = markdown_path.read_text(encoding="utf-8") if markdown_path else ""  # before an hour of measuring
         if machine["load"] > _QUIET:
@@ -106,12 +106,12 @@ class Session:
 
     def add(self, run: Results) -> None:
         """Keeps and prints a run."""
-        self.results["runs"].append(run)
+        self._results["runs"].append(run)
         show(console, self._page, run)
 
     def skip(self, what: str, why: str, remedy: str) -> None:
         """Keeps and prints why something is not run."""
-        self.results["skipped"][what] = why
+        self._results["skipped"][what] = why
         console.print(f"[yellow]{what}: left out, {why}; {remedy}")
 
     def write(self) -> None:
@@ -120,12 +120,12 @@ class Session:
             if path:
                 path.parent.mkdir(parents=True, exist_ok=True)
         if self._json:
-            self._json.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
+            self._json.write_text(json.dumps(self._results, indent=1) + "\n", encoding="utf-8")
         if self._plot:
-            plot(self._page, self.results, self._plot)
+            plot(self._page, self._results, self._plot)
         if self._markdown:
             address = Path(os.path.relpath(self._plot, self._markdown.parent)).as_posix() if self._plot else None
-            text = renew(self._page, self._text, self.results, address)
+            text = renew(self._page, self._text, self._results, address)
             self._markdown.write_text(text, encoding="utf-8")
 
 
