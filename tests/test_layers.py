@@ -361,7 +361,10 @@ def recurrent():
         {
             "torch": partial(torch.nn.RNNCell, 4, 5, nonlinearity="relu"),
             "keras": partial(kl.SimpleRNNCell, 5, "relu"),
-            **flax(partial(linen.SimpleCell, 5, jax.nn.relu), partial(nnx.SimpleCell, 4, 5, activation_fn=jax.nn.relu)),
+            **flax(
+                partial(linen.SimpleCell, 5, jax.nn.relu),
+                partial(nnx.SimpleCell, 4, 5, dtype=jnp.float64, activation_fn=jax.nn.relu),
+            ),
             "haiku": partial(hk.VanillaRNN, 5),
         },
         (x, h),
@@ -852,7 +855,7 @@ def same_rows(a, b, shape):
     return all(len({*zip(x, y, strict=True)}) == len({*x}) == len({*y}) for x, y in zip(a, b, strict=True))
 
 
-@pytest.mark.parametrize(("key", "framework"), ELSEWHERE)
+@pytest.mark.parametrize(("key", "framework"), ELSEWHERE, scope="module")
 def test_the_converted_layer_computes_the_same(key, framework):
     case, layer = CASES[key], real(key, framework)
     weights = without_homeless(key, framework, problem(key)[0])
@@ -863,7 +866,7 @@ def test_the_converted_layer_computes_the_same(key, framework):
     np.testing.assert_allclose(layer.forward(converted), expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("key", "framework"), PAIRS)
+@pytest.mark.parametrize(("key", "framework"), PAIRS, scope="module")
 def test_the_backend_chooses_what_the_table_says(key, framework):
     case, layer = CASES[key], real(key, framework)
     form = rows()[case.row].form(framework)
@@ -880,7 +883,7 @@ def test_the_backend_chooses_what_the_table_says(key, framework):
     assert other.get("by class", form.declare) == form.declare
 
 
-@pytest.mark.parametrize(("key", "framework"), PAIRS)
+@pytest.mark.parametrize(("key", "framework"), PAIRS, scope="module")
 def test_the_step_is_the_same(key, framework):
     case, layer = CASES[key], real(key, framework)
     form = rows()[case.row].form(framework)
@@ -911,7 +914,7 @@ def test_the_step_is_the_same(key, framework):
         assert max(worst.values()) <= 1, worst
 
 
-@pytest.mark.parametrize(("key", "framework"), ELSEWHERE)
+@pytest.mark.parametrize(("key", "framework"), ELSEWHERE, scope="module")
 def test_the_way_back(key, framework):
     case = CASES[key]
     weights = without_homeless(key, framework, problem(key)[0])
