@@ -19,7 +19,10 @@ LAST_TWO = Layout((-2, -1))
 DEFAULT = LAST  # Dense, Conv, ConvTranspose, LSTM, GRU, attention_output: (..., in, out), as PyTorch's dim 0
 RULES = (
     Rule(r"(^|/)bias$", Layout(channel=None)),  # GRU (2, 3 units), attention (heads, head_dim): rank 1 in PyTorch
+    Rule(r"(^|/)alpha$", Layout(channel=None)),  # PReLU (1, 1, channels)
     Rule(r"(^|/)embeddings$", Layout(0)),
+    # Named by hand, and of PyTorch's shape everywhere: (1, N, D), (N, D)
+    Rule(r"(^|/)((cls|class)_?token|pos(ition(al)?)?_?emb(ed(ding)?s?)?)$", Layout(0)),
     Rule(r"(^|/)depthwise_kernel$", LAST_TWO),
     Rule(r"(^|/)depthwise_conv\dd(_\d+)?/kernel$", LAST_TWO),
     Rule(r"(^|/)(query|key|value)/kernel$", LAST_TWO, rank=3),  # (in, heads, head_dim)

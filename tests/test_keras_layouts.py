@@ -46,6 +46,7 @@ LAYERS = [
     (layers.SimpleRNN, (5,), SEQUENCE, {"kernel": (1,), "recurrent_kernel": (1,), "bias": None}),
     (layers.LSTM, (5,), SEQUENCE, {"kernel": (1,), "recurrent_kernel": (1,), "bias": None}),
     (layers.GRU, (5,), SEQUENCE, {"kernel": (1,), "recurrent_kernel": (1,), "bias": None}),
+    (layers.PReLU, ("zeros", None, None, [1, 2]), IMAGE, {"alpha": None}),
     (layers.LayerNormalization, (), SEQUENCE, {"gamma": None, "beta": None}),
     (layers.BatchNormalization, (), IMAGE, {"gamma": None, "beta": None}),
 ]
@@ -148,6 +149,20 @@ def test_bare_variables_are_known_by_name_and_may_share_it():
     assert channels(bare) == {"bias": None, "w": (1,)}
     with pytest.raises(ValueError, match="does not exist"):
         adamp_tf.describe([keras.Variable(np.ones((2, 3, 4)), name="w"), *same], {"w": Layout(2)})
+
+
+@pytest.mark.parametrize(
+    ("path", "channel"),
+    [
+        ("vit/cls_token", 0),
+        ("vit/pos_embed", 0),
+        ("position_embeddings", 0),
+        ("vit/token", -1),
+        ("vit/pos_emb/scale", -1),
+    ],
+)
+def test_tokens_and_positions_by_name(path, channel):
+    assert resolve([(path, (1, 5, 4))], {})[path].layout == Layout(channel)
 
 
 def test_layouts_for_needs_a_built_model():
