@@ -62,7 +62,7 @@ def describe(params: optax.Params, layouts: Layouts = None) -> str:
 
 def assign(params: optax.Params, layouts: Layouts) -> dict[str, Assignment]:
     """The layout of every parameter, by path (SPEC: LAYOUT-7)."""
-    shapes = {path_name(path): jnp.shape(leaf) for path, leaf in _leaves(params)}
+    shapes = {"/".join(keys): jnp.shape(leaf) for keys, leaf in _leaves(params)}
     if not shapes:  # optax.tree_map_params calls init with a placeholder, which is not for the user's function
         return {}
     if callable(layouts) and not any(isinstance(x, Layout) for x in jax.tree.leaves(layouts)):
@@ -100,13 +100,12 @@ def spread(tree: Any, params: optax.Params, argument: str) -> dict[str, tuple[st
     """
     given = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: x is None)}
     found = {}
-    for path, _ in _leaves(params):
-        keys = _keys(path)
+    for keys, _ in _leaves(params):
         covering = next((keys[:n] for n in range(len(keys) + 1) if keys[:n] in given), None)
         if covering is None:
             names = ["/".join(each) for each in given]
-            raise ValueError(f"{argument} is a tree without a leaf for parameter {path_name(path)!r}; it has {names}")
-        found[path_name(path)] = "/".join(covering), given[covering]
+            raise ValueError(f"{argument} is a tree without a leaf for parameter {'/'.join(keys)!r}; it has {names}")
+        found["/".join(keys)] = "/".join(covering), given[covering]
     # What is None or hidden among the parameters may have leaves in `tree`, at it, above it and below it.
     nodes = {_keys(path) for path, _ in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_absent)}
     above = {keys[:n] for keys in {(), *nodes} for n in range(len(keys) + 1)}
@@ -127,9 +126,9 @@ def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def _leaves(params: optax.Params) -> list[tuple[tuple[Any, ...], Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    names = [path_name(path) for path, _ in leaves]
+def _leaves(params: optax.Params) -> list[tuple[tuple[str, ...], Any]]:
+    leaves = [(_keys(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    names = ["/".join(keys) for keys, _ in leaves]
     if len(set(names)) < len(names):
         raise ValueError(f"several parameters share a path; the paths are {names}")
     return leaves
