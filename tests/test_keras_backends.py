@@ -238,6 +238,17 @@ def test_other_backends(backend):
     assert done.stdout.split() == ["ok", backend]
 
 
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+@pytest.mark.parametrize("tests", ["test_keras_optimizers.py", "test_keras_peers.py"])
+def test_what_holds_on_tensorflow_holds_on(backend, tests):
+    environment = os.environ | {"KERAS_BACKEND": backend, "JAX_PLATFORMS": "cpu"}
+    path = os.path.join(os.path.dirname(__file__), tests)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert "skipped" not in done.stdout.splitlines()[-1]
+
+
 if __name__ == "__main__":
     check_everything()
     print("ok", keras.backend.backend())
