@@ -56,10 +56,11 @@ class Judge:
             self.taken.setdefault(name, Counter()).update(Branch(branch) for branch in branches.ravel())
 
     def check_branches(self, steps, projected, head):
-        """In every step the weights in front of a norm were projected by channel, and the head's mostly not at all."""
-        assert {name: set(self.taken[name]) for name in projected} == {name: {Branch.CHANNEL} for name in projected}
-        assert self.taken[head][Branch.NONE] > 0.9 * steps
-        assert {sum(count.values()) for count in self.taken.values()} == {steps}
+        """Mostly, weights in front of a norm were projected by channel, and the head's not at all."""
+        assert {count.total() for count in self.taken.values()} == {steps}
+        for name in projected:
+            assert self.taken[name][Branch.CHANNEL] > 0.9 * steps, self.taken
+        assert self.taken[head][Branch.NONE] > 0.9 * steps, self.taken
 
 
 def run_example(name):
@@ -215,7 +216,7 @@ def train_with_keras(algorithm):
     hyper, fit_itself = {}, keras.Sequential.fit
     with mock.patch.object(adamp_tf, "AdamP", make), mock.patch.object(keras.Sequential, "fit", fit):
         accuracy = run_example("keras/fit")
-    return accuracy, int(sum(judge.taken["head/kernel"].values())), judge
+    return accuracy, judge.taken["head/kernel"].total(), judge
 
 
 def check_keras():

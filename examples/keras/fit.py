@@ -2,8 +2,8 @@
 
 `layouts_for` tells by the layers' classes which axes of a kernel are its channels. Here it matters: the optimizer alone
 would take the kernel of a layer that is called "spatial" for an ordinary one, and AdamP would decide by other rows.
-Normalisation makes weights scale-invariant as long as its epsilon is small beside the variance, which Keras's default of
-1e-3 is not always; where it is not, AdamP mostly does not project.
+Normalisation makes weights scale-invariant as long as its epsilon is small beside the variance. Keras's default of 1e-3
+is not always; where it is not, AdamP projects seldom.
 """
 
 import keras
