@@ -594,10 +594,11 @@ class Real:
 
     Attributes:
       layer: the layer, or what holds its parameters.
-      paths: the name that a parameter has in the table -> its path.
+      shapes: of the parameters, by the names of the table.
       forward: output for given parameters, channels last.
       step: parameters after one step of AdamP with given gradients and layouts, by the names of the table.
       chosen: naming -> the layouts that the backend chooses by itself.
+      gradient: of the sum of all outputs; in PyTorch and JAX.
     """
 
     layer: object
@@ -605,6 +606,7 @@ class Real:
     forward: object
     step: object
     chosen: dict
+    gradient: object = None
 
 
 def names_of(case, framework, paths):
@@ -655,8 +657,13 @@ def real_torch(case, framework, inputs, call):
         adamp_torch.AdamP(parameters.values(), **HYPER, layouts=table).step()
         return {name: parameter.detach().numpy() for name, parameter in parameters.items()}
 
+    def gradient(arrays):
+        put(arrays)
+        found = torch.autograd.grad(call(layer, *xs).sum(), list(parameters.values()))
+        return {name: x.numpy() for name, x in zip(parameters, found, strict=True)}
+
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    return Real(layer, shapes, forward, step, {"default": dict.fromkeys(shapes, Layout())})
+    return Real(layer, shapes, forward, step, {"default": dict.fromkeys(shapes, Layout())}, gradient)
 
 
 def real_keras(case, framework, inputs, call):
@@ -722,13 +729,15 @@ def real_jax(case, framework, inputs, call):
     if framework in ("linen", "haiku"):  # elsewhere a layer has no name but the attribute's
         chosen["renamed"] = by_path(renamed)
     own = {names[path]: shape for path, shape in shapes.items()}
-    return Real(
-        layer,
-        own,
-        lambda arrays: channels_last(case, framework, np.asarray(jax.jit(apply)(tree(arrays)))),
-        step,
-        chosen,
-    )
+
+    def forward(arrays):
+        return channels_last(case, framework, np.asarray(jax.jit(apply)(tree(arrays))))
+
+    def gradient(arrays):
+        found = jax.tree.leaves(jax.jit(jax.grad(lambda params: apply(params).sum()))(tree(arrays)))
+        return dict(zip(names.values(), map(np.asarray, found), strict=True))
+
+    return Real(layer, own, forward, step, chosen, gradient)
 
 
 def zeros(shapes):
@@ -931,6 +940,28 @@ def test_the_way_back(key, framework):
         np.testing.assert_array_equal(back[name], weights[name])
     for name in there:
         np.testing.assert_allclose(again[name], there[name], rtol=1e-15)
+
+
+# Where parts and sums make moments another thing than weights; only what computes in float64.
+GRADIENTS = [
+    (key, framework)
+    for key, framework in ELSEWHERE
+    if rows()[CASES[key].row].parts and framework != "keras" and framework not in CASES[key].tolerance
+]
+
+
+@pytest.mark.parametrize(("key", "framework"), GRADIENTS)
+def test_gradients_and_so_moments_are_carried_as_moments(key, framework):
+    case = CASES[key]
+    weights = without_homeless(key, framework, problem(key)[0])
+    own = real(key, framework).gradient(convert(case.row, weights, "torch", framework, sizes=case.sizes))
+    gradients = without_homeless(key, framework, real(key, "torch").gradient(weights))
+    converted = convert(case.row, gradients, "torch", framework, sizes=case.sizes, moments=True)
+    for name in own:
+        np.testing.assert_allclose(own[name], converted[name], rtol=1e-12, atol=1e-12)
+    back = convert(case.row, own, framework, "torch", sizes=case.sizes, moments=True)
+    for name in gradients:
+        np.testing.assert_allclose(back[name], gradients[name], rtol=1e-12, atol=1e-12)
 
 
 def test_every_layer_of_the_table_is_here():
