@@ -4,6 +4,7 @@ Weights and gradients are stated for the PyTorch layer. Gradients are orthogonal
 others, so that another reading of the axes takes another branch. All of it in float64.
 """
 
+import json
 import os
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import equinox as eqx
 import haiku as hk
 import jax
 import jax.numpy as jnp
+import jsonschema
 import keras
 import numpy as np
 import optax
@@ -31,6 +33,7 @@ import adamp_torch
 from adamp_conformance.cases import Random, noise, orthogonal_rows
 from adamp_conformance.judge import expected_outcomes, margins
 from adamp_conformance.layers import convert, layouts, markdown, read_row, rows
+from adamp_conformance.spec_files import spec_file
 from adamp_jax._layouts import assign
 from adamp_spec import Bounded, Branch, Layout
 from adamp_tf._layouts import named_shapes, resolve
@@ -457,7 +460,7 @@ def normalization():
             image(n),
             call={
                 "keras": lambda layer, x: layer(x, training=True),
-                "equinox": lambda layer, x: layer(x, eqx_state)[0],
+                "equinox": lambda layer, x: layer(x, jax.tree.map(lambda a: a, eqx_state))[0],  # a state is used once
                 "haiku": lambda layer, x: layer(x, is_training=True),
             },
             image=True,
@@ -966,15 +969,16 @@ def test_gradients_and_so_moments_are_carried_as_moments(key, framework):
 
 def test_every_layer_of_the_table_is_here():
     here = defaultdict(set)
-    for key, framework in PAIRS:
-        here[CASES[key].row, framework].add(type(real(key, framework).layer).__name__)
+    for case in CASES.values():
+        for framework, make in case.make.items():
+            is_class = isinstance(make, partial) and isinstance(make.func, type)
+            here[case.row, framework].add((make.func if is_class else type(make())).__name__)
     for row in rows().values():
         for framework, form in row.forms.items():
-            assert (row.name, framework) in here, (row.name, framework)
-            names = {
-                name.split(".")[-1] for name in form.layer if name.split(".")[0] not in {"linen", "nnx"} - {framework}
-            }
-            if row.name not in ("stacked", "stacked_on_axis_1", "class_token", "position_embedding"):
+            other_flax = {"linen", "nnx"} - {framework}
+            names = {name.split(".")[-1] for name in form.layer if name.split(".")[0] not in other_flax}
+            assert here[row.name, framework], (row.name, framework)
+            if row.name not in ("stacked", "stacked_on_axis_1", "class_token", "position_embedding"):  # no classes
                 assert names == here[row.name, framework], (row.name, framework)
 
 
@@ -1005,6 +1009,22 @@ def test_a_row_that_contradicts_itself_is_refused(keras_kernel, message):
 def test_options_that_do_not_fit_a_row_are_refused(form):
     with pytest.raises(ValueError, match=r"is not a permutation|are no parameters"):
         read_row("dense", DENSE | {"keras": {"layer": "Dense", "kernel": "weight: in OUT"} | form})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"keras": {"layer": "Dense", "kernel": "in OUT"}},
+        {"keras": {"kernel": "weight: in OUT"}},
+        {"mxnet": {"layer": "Dense", "kernel": "weight: in OUT"}},
+        {"torch": {"layer": "Linear"}},
+        {"parts": {"gate": "i"}},
+    ],
+)
+def test_the_schema_refuses(change):
+    schema = jsonschema.Draft202012Validator(json.loads(spec_file("schema/layouts.schema.json").read_text()))
+    assert schema.is_valid({"dense": DENSE})
+    assert not schema.is_valid({"dense": DENSE | change})
 
 
 KERNEL = np.zeros((3, 3, 4, 6))
