@@ -1,10 +1,15 @@
 """Hypothesis profiles; `pytest tests/test_two_oracles.py --hypothesis-profile=long` searches for ten minutes."""
 
+from contextlib import suppress
+
 import pytest
 from hypothesis import settings
 from rich.console import Console
 
 from adamp_conformance import cli
+
+with suppress(ImportError):
+    import triton  # noqa: F401 - which torch loads later; loaded after TensorFlow, it ends the process
 
 settings.register_profile("long", max_examples=7000, deadline=None)
 

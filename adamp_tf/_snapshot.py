@@ -1,0 +1,153 @@
+"""Snapshots of a model and its optimizer, which every backend reads (SNAPSHOT.md)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, fields
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from keras.backend import standardize_dtype
+
+from adamp_spec import AdamPHyper, SGDPHyper, snapshot
+from adamp_spec.snapshot import MOMENTS, Entry, Hyper, Place, Snapshot, SnapshotError
+from adamp_tf._adamp import AdamP
+from adamp_tf._base import ProjectedOptimizer
+from adamp_tf._layouts import path_of, resolve
+
+_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"} | {
+    f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
+}
+_SPELLING = {"lr": "learning_rate", "beta1": "beta_1", "beta2": "beta_2", "eps": "epsilon"}
+
+
+def save_snapshot(path: str | os.PathLike[str], model: keras.Model) -> None:
+    """Writes a compiled model's variables and its optimizer's state to a file that the other backends read, too.
+
+    Variable after variable goes through the host's memory; the file is there whole or not at all. The learning rate is
+    written as the shortest decimal that floatx rounds to what it is now.
+
+    Args:
+      path: the file; one that is there is replaced.
+      model: built, and compiled with `AdamP` or `SGDP`.
+
+    Raises:
+      TypeError: the optimizer is another one; a variable has a dtype that a snapshot cannot hold.
+      ValueError: variables share a path; the optimizer keeps averages (`use_ema`) or has accumulated gradients, which a
+        snapshot does not hold.
+      OSError: the file cannot be written.
+    """
+    optimizer, places, variables, others = _parts(model)
+    algorithm, hyper = _hyperparameters(optimizer)
+    step = int(ops.convert_to_numpy(optimizer.iterations))
+    groups = [hyper, type(hyper)(**(asdict(hyper) | {"weight_decay": 0.0}))]
+    entries = {name: Entry(place.group, step, place.layout) for name, place in places.items()}
+    tensors = {f"{kind}/{name}": _tensor(name, x) for kind, named in variables.items() for name, x in named.items()}
+    tensors |= {f"other/{name}": _tensor(name, x) for name, x in others.items()}
+    last = max(place.group for place in places.values())
+    snapshot.write(path, Snapshot(algorithm, tuple(groups[: last + 1]), entries), tensors)
+
+
+def load_snapshot(path: str | os.PathLike[str], model: keras.Model) -> None:
+    """Loads what `save_snapshot` of any backend has written: variables, moments and the step count.
+
+    The learning rate, too, unless a schedule gives it.
+
+    Args:
+      path: the file.
+      model: built, with variables of the same paths, shapes and dtypes, and compiled with an optimizer of the same
+        hyperparameters, layouts and exclusions from weight decay (a compiled function may hold them already).
+
+    Raises:
+      adamp_spec.snapshot.SnapshotError: the file is no snapshot, is damaged, or does not fit. Nothing has changed then.
+      TypeError, ValueError: as `save_snapshot`.
+    """
+    optimizer, places, variables, others = _parts(model)
+    algorithm, hyper = _hyperparameters(optimizer)
+    kept = {name: (_dtype(name, x), tuple(x.shape)) for name, x in others.items()}
+    with snapshot.opened(path, "np") as (saved, tensors):
+        groups = saved.check_target(tensors, algorithm, places, kept)
+        for i, given in groups.items():
+            wanted = asdict(hyper) | ({"weight_decay": 0.0} if i else {})
+            differing = {
+                _SPELLING.get(name, name): value
+                for name, value in asdict(given).items()
+                if name != "lr" and value != wanted[name]
+            }
+            if differing:
+                raise SnapshotError(f"the snapshot's optimizer has {differing}: compile the model with these")
+        steps = {entry.step for entry in saved.parameters.values()}
+        if len(steps) > 1:
+            late = sorted(name for name, entry in saved.parameters.items() if entry.step < max(steps))
+            raise SnapshotError(
+                f"parameters {late} have taken fewer steps than others, and Keras counts for all: leave them out of "
+                "the optimizer that you save"
+            )
+        for kind, named in variables.items():
+            for name, variable in named.items():
+                variable.assign(tensors[f"{kind}/{name}"].read())
+        for name, variable in others.items():
+            variable.assign(tensors[f"other/{name}"].read())
+        optimizer.iterations.assign(steps.pop())
+        if not _scheduled(optimizer):
+            optimizer.learning_rate = groups[0 if 0 in groups else 1].lr
+
+
+_Named = dict[str, Any]
+
+
+def _parts(model: keras.Model) -> tuple[ProjectedOptimizer, dict[str, Place], dict[str, _Named], _Named]:
+    """The optimizer; by path where each variable goes; variables and slots by kind and path; other variables."""
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if not isinstance(optimizer, ProjectedOptimizer):
+        raise TypeError(f"the model's optimizer is {type(optimizer).__name__}; compile it with adamp_tf.AdamP or SGDP")
+    if optimizer.use_ema or optimizer.gradient_accumulation_steps:
+        raise ValueError(
+            "a snapshot holds no averages or accumulated gradients: do without use_ema and gradient_accumulation_steps"
+        )
+    if not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+    trained = optimizer._trainable_variables
+    names = [path_of(variable) for variable in trained]
+    known = {id(variable) for variable in trained}
+    others = {path_of(variable): variable for variable in model.variables if id(variable) not in known}
+    if len(set(names) | set(others)) < len(model.variables):
+        raise ValueError(f"variables share a path; give the layers names of their own: {sorted(names + list(others))}")
+    layouts = resolve(optimizer._named, optimizer._layouts).values()
+    places = {
+        name: Place(_dtype(name, x), tuple(x.shape), int(optimizer.weight_decay > 0 and not decays), assigned.layout)
+        for name, x, decays, assigned in zip(names, trained, optimizer._decays, layouts, strict=True)
+    }
+    slots = [optimizer._momentums, getattr(optimizer, "_velocities", None)]
+    variables = {"parameter": dict(zip(names, trained, strict=True))}
+    for kind, moments in zip(MOMENTS["adamp"], slots, strict=True):
+        if moments is not None:
+            variables[kind] = dict(zip(names, moments, strict=True))
+    return optimizer, places, variables, others
+
+
+def _hyperparameters(optimizer: ProjectedOptimizer) -> tuple[str, Hyper]:
+    hyper: type[Hyper] = AdamPHyper if isinstance(optimizer, AdamP) else SGDPHyper
+    given = {x.name: getattr(optimizer, _SPELLING.get(x.name, x.name)) for x in fields(hyper)}
+    given["lr"] = float(str(np.asarray(ops.convert_to_numpy(optimizer.learning_rate))))
+    return hyper.algorithm, hyper(**given)
+
+
+def _scheduled(optimizer: ProjectedOptimizer) -> bool:
+    return not isinstance(optimizer._learning_rate, keras.Variable)
+
+
+def _tensor(name: str, x: Any) -> snapshot.Tensor:
+    def read() -> np.ndarray:
+        return np.asarray(ops.convert_to_numpy(x)).astype(np.dtype(standardize_dtype(x.dtype)), copy=False)
+
+    return snapshot.Tensor(_dtype(name, x), tuple(x.shape), read)
+
+
+def _dtype(name: str, x: Any) -> str:
+    dtype = standardize_dtype(x.dtype)
+    if dtype not in _NAMES:
+        raise TypeError(f"{name!r} is {dtype}, which a snapshot cannot hold")
+    return _NAMES[dtype]

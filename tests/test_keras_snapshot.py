@@ -1,0 +1,150 @@
+"""Snapshots in Keras: everything comes back, and goes through Optax and PyTorch and back without a changed bit."""
+
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+import torch
+from keras import layers
+
+import adamp_jax
+import adamp_tf
+import adamp_torch
+from adamp_spec import AdamPHyper, Layout, SGDPHyper
+from adamp_spec.snapshot import SnapshotError
+from adamp_tf import load_snapshot, save_snapshot
+
+MAKERS = {
+    "adamp": lambda **options: adamp_tf.AdamP(
+        **{"learning_rate": 0.01, "weight_decay": 0.1, "nesterov": True} | options
+    ),
+    "sgdp": lambda **options: adamp_tf.SGDP(
+        **{"learning_rate": 0.01, "momentum": 0.9, "weight_decay": 0.1, "project_momentum": True} | options
+    ),
+}
+both = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+
+
+def network(optimizer, dtype="float32"):
+    inputs = keras.Input((6,))
+    x = layers.Dense(4, name="first", dtype=dtype)(inputs)
+    x = layers.BatchNormalization(name="norm", dtype=dtype)(x)
+    model = keras.Model(inputs, layers.Dense(3, name="last", dtype=dtype)(x))
+    if optimizer is not None:
+        optimizer.exclude_from_weight_decay(var_names=["bias$", "gamma", "beta"])
+        model.compile(optimizer, "mse")
+    return model
+
+
+def train(model, seed=0):
+    random = np.random.default_rng(seed)
+    for _ in range(3):
+        model.train_on_batch(random.standard_normal((8, 6)), random.standard_normal((8, 3)))
+
+
+def everything(model):
+    held = [*model.variables, *model.optimizer.variables]
+    return [np.asarray(keras.ops.convert_to_numpy(x)).astype("float64") for x in held]
+
+
+def same(a, b):
+    return len(a) == len(b) and all(map(np.array_equal, a, b))
+
+
+@both
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_all_comes_back_bit_for_bit_and_goes_on_alike(make, dtype, stepped, tmp_path):
+    model = network(make(), dtype)
+    train(model)
+    save_snapshot(tmp_path / "x", model)
+    other = network(make(learning_rate=0.5), dtype)
+    if stepped:
+        train(other, seed=1)
+    load_snapshot(tmp_path / "x", other)
+    assert same(everything(model), everything(other))
+    train(model, seed=2)
+    train(other, seed=2)
+    assert same(everything(model), everything(other))
+
+
+def test_a_schedule_goes_on_from_the_step(tmp_path):
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
+    model = network(MAKERS["adamp"](learning_rate=schedule))
+    train(model)
+    save_snapshot(tmp_path / "x", model)
+    other = network(MAKERS["adamp"](learning_rate=schedule))
+    load_snapshot(tmp_path / "x", other)
+    assert float(other.optimizer.learning_rate) == float(model.optimizer.learning_rate) == pytest.approx(0.1 * 0.5**1.5)
+
+
+@both
+def test_all_three_frameworks_hand_it_on(make, tmp_path):
+    """The same names in each, so that no map is needed; kernels stay (in, out), and PyTorch is told so."""
+    model = network(make())
+    train(model)
+    save_snapshot(tmp_path / "keras", model)
+
+    hyper = {"adamp": AdamPHyper, "sgdp": SGDPHyper}[type(model.optimizer).__name__.lower()]
+    adamp = hyper is AdamPHyper
+    hyper = (
+        AdamPHyper(lr=0.01, weight_decay=0.1, nesterov=True)
+        if adamp
+        else SGDPHyper(lr=0.01, momentum=0.9, weight_decay=0.1, project_momentum=True)
+    )
+    shapes = {x.path: tuple(x.shape) for x in model.trainable_variables}
+    rest = {x.path: tuple(x.shape) for x in model.variables if x.path not in shapes}
+
+    def tree(of):
+        nested = {}
+        for name, shape in of.items():
+            layer, leaf = name.split("/")
+            nested.setdefault(layer, {})[leaf] = jnp.ones(shape)
+        return nested
+
+    tx = adamp_jax.adamp(0.5) if adamp else adamp_jax.sgdp(0.5, 0.9)
+    params = tree(shapes)
+    given = {"weight_decay_mask": lambda params: jax.tree.map(lambda x: x.ndim > 1, params)}
+    back = adamp_jax.load_snapshot(tmp_path / "keras", params, tx.init(params), others=tree(rest), **given)
+    assert back.hyperparameters == hyper
+    adamp_jax.save_snapshot(tmp_path / "optax", *back[:3], others=back.others, **given)
+
+    module = torch.nn.ParameterDict({name: torch.ones(shape) for name, shape in shapes.items()})
+    for name, shape in rest.items():
+        module.register_buffer(name, torch.ones(shape))
+    named = list(module.named_parameters())
+    groups = [{"params": [x for x in named if (x[1].ndim > 1) is matrix]} for matrix in (True, False)]
+    kernels = {"kernel$": Layout(-1)}
+    groups[0]["layouts"] = kernels
+    optimizer = adamp_torch.AdamP(groups) if adamp else adamp_torch.SGDP(groups, lr=0.5)
+    adamp_torch.load_snapshot(tmp_path / "optax", module, optimizer)
+    adamp_torch.save_snapshot(tmp_path / "torch", module, optimizer)
+
+    other = network(make())
+    load_snapshot(tmp_path / "torch", other)
+    assert same(everything(model), everything(other))
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
+    make = MAKERS["adamp"]
+    model = network(make())
+    train(model)
+    save_snapshot(tmp_path / "x", model)
+    for optimizer, message in (
+        (make(beta_1=0.8), r"\{'beta_1': 0.9\}: compile the model with these"),
+        (make(weight_decay=0.0), "make two groups"),
+        (make(layouts={"first/kernel": Layout(0)}), "in `layouts`"),
+        (MAKERS["sgdp"](), "make the other one"),
+    ):
+        other = network(optimizer)
+        train(other, seed=1)
+        before = everything(other)
+        with pytest.raises(SnapshotError, match=message):
+            load_snapshot(tmp_path / "x", other)
+        assert same(before, everything(other))
+    with pytest.raises(TypeError, match="optimizer is Adam;"):
+        save_snapshot(tmp_path / "y", network(keras.optimizers.Adam()))
+    with pytest.raises(ValueError, match="use_ema"):
+        save_snapshot(tmp_path / "y", network(make(use_ema=True)))
+    assert not (tmp_path / "y").exists()
