@@ -14,7 +14,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from adamp_conformance.adapter import Parameter
+from adamp_conformance.adapter import Parameter, State
 from adamp_conformance.adapters.optax import OptaxAdapter
 from adamp_conformance.adapters.process import ProcessAdapter
 
@@ -64,6 +64,17 @@ class Served(OptaxAdapter):
             found = ways(x.value.shape)
             self.shardings[name] = NamedSharding(self.mesh, found[i % len(found)])
         super().create(algorithm, hyper, parameters)
+
+    def load(self, state: State) -> None:
+        """Loads, unless `update` would refuse the state, which the protocol could not dump."""
+        kept = self.parameters, self.state
+        try:
+            super().load(state)
+            with self._settings():
+                jax.eval_shape(self.take_step, self.parameters, self.state, self.parameters)
+        except Exception:
+            self.parameters, self.state = kept
+            raise
 
     def _array(self, name: str, x: np.ndarray) -> jax.Array:
         return jax.device_put(x, self.shardings[name])
