@@ -8,7 +8,7 @@ from keras import ops
 from keras.backend import standardize_dtype
 
 from adamp_spec import check_hyperparameter
-from adamp_tf._base import ProjectedOptimizer, working_dtype
+from adamp_tf._base import ProjectedOptimizer
 from adamp_tf._layouts import LayoutTable
 
 
@@ -80,11 +80,11 @@ class AdamP(ProjectedOptimizer):
         bias_corrections = one_minus_powers((self.beta_1, self.beta_2), t)
         return lr * self.weight_decay, lr / bias_corrections[0], ops.sqrt(bias_corrections[1])
 
-    def update_step(self, gradient: Any, variable: Any, coefficients: Any) -> None:
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         index = self._get_variable_index(variable)
         rows, momentum, velocity = self._rows[index], self._momentums[index], self._velocities[index]
         p, g, m, v = self._load(rows, variable, gradient, momentum, velocity)
-        decay, step, sqrt_bc2 = coefficients[working_dtype(variable)]
+        decay, step, sqrt_bc2 = self._coefficients_for(variable, learning_rate)
         b1, b2 = self.beta_1, self.beta_2
 
         m = b1 * m + (1 - b1) * g  # ADAMP-1

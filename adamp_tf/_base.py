@@ -137,6 +137,13 @@ class ProjectedOptimizer(keras.optimizers.Optimizer):
         shared = {dtype: self._coefficients(ops.cast(learning_rate, dtype)) for dtype in dtypes}
         super()._backend_update_step(grads, trainable_variables, shared)
 
+    def _coefficients_for(self, variable: Any, learning_rate: Any) -> tuple[Any, ...]:
+        """What `_backend_update_step` has computed; from a learning rate, where `update_step` is called with one."""
+        dtype = working_dtype(variable)
+        if isinstance(learning_rate, dict):
+            return learning_rate[dtype]
+        return self._coefficients(ops.cast(learning_rate, dtype))
+
     def _coefficients(self, lr: Any) -> tuple[Any, ...]:
         """The scalars of one step that depend on no variable, in the dtype of `lr`."""
         raise NotImplementedError

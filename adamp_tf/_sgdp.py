@@ -5,7 +5,7 @@ from typing import Any
 import keras
 
 from adamp_spec import check_flag, check_hyperparameter, check_nesterov
-from adamp_tf._base import ProjectedOptimizer, working_dtype
+from adamp_tf._base import ProjectedOptimizer
 from adamp_tf._layouts import LayoutTable
 
 
@@ -72,11 +72,11 @@ class SGDP(ProjectedOptimizer):
     def _coefficients(self, lr: Any) -> tuple[Any, ...]:
         return lr * (self.weight_decay / (1 - self.momentum)), lr
 
-    def update_step(self, gradient: Any, variable: Any, coefficients: Any) -> None:
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
         index = self._get_variable_index(variable)
         rows, buffer = self._rows[index], self._momentums[index]
         p, g, m = self._load(rows, variable, gradient, buffer)
-        decay, lr = coefficients[working_dtype(variable)]
+        decay, lr = self._coefficients_for(variable, learning_rate)
         mu = self.momentum
 
         m = mu * m + (1 - self.dampening) * g  # SGDP-1

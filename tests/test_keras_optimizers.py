@@ -101,6 +101,19 @@ def test_learning_rate_can_be_set():
 
 
 @both
+def test_update_step_takes_a_learning_rate_as_keras_documents(make):
+    """Also where Keras should no longer go through the method in which we compute what a step shares."""
+    here, there = variables_of((3, 4), (5,)), variables_of((3, 4), (5,))
+    gradients = grads_of(*here)
+    optimizer, other = make(), make()
+    optimizer.apply(gradients, here)
+    other.build(there)
+    for gradient, variable in zip(gradients, there, strict=True):
+        other.update_step(gradient, variable, other.learning_rate)
+    assert_same(values(here), values(there))
+
+
+@both
 def test_accumulation_is_the_mean_gradient(make):
     first, second = variables_of((3, 4), (4,)), variables_of((3, 4), (4,))
     halves, optimizer = make(gradient_accumulation_steps=2), make()
