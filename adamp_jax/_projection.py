@@ -39,19 +39,19 @@ def project(
     def row_sum(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.sum(x * y, axis=rows.row, keepdims=True)
 
-    def layer_sum(row: jax.Array) -> jax.Array:
-        return jnp.sum(row, axis=rows.channel, keepdims=True)
-
     def orthogonal(pp: jax.Array, gg: jax.Array, gp: jax.Array, length: int) -> jax.Array:
         # Divided one by one, as the product of the norms can underflow.
         cosine = jnp.abs(gp) / jnp.maximum(jnp.sqrt(gg), eps) / jnp.maximum(jnp.sqrt(pp), eps)  # PROJ-1
-        threshold = jnp.asarray(delta / math.sqrt(length), p.dtype)
-        # Not max(cosine) < threshold: XLA on CPU drops NaN in a maximum, and NaN must not project.
-        return jnp.all(cosine < threshold, axis=rows.channel, keepdims=True)  # PROJ-2
+        return cosine < jnp.asarray(delta / math.sqrt(length), p.dtype)  # PROJ-2; NaN is not below
 
     pp, gg, gp, pq = row_sum(p, p), row_sum(g, g), row_sum(g, p), row_sum(p, q)
-    layer_pp, layer_gg, layer_gp, layer_pq = map(layer_sum, (pp, gg, gp, pq))
-    channel = orthogonal(pp, gg, gp, rows.length)
+    others = 1 - orthogonal(pp, gg, gp, rows.length).astype(p.dtype)
+    # All in one reduction, which is several kernels, or a collective, whatever it adds up.
+    along = tuple(1 + axis for axis in rows.channel)
+    layer_pp, layer_gg, layer_gp, layer_pq, count = jnp.sum(
+        jnp.stack([pp, gg, gp, pq, others]), axis=along, keepdims=True
+    )
+    channel = count == 0
     layer = orthogonal(layer_pp, layer_gg, layer_gp, rows.length * rows.count)  # PROJ-3
 
     projected = channel | layer
