@@ -569,3 +569,10 @@ def test_answers_and_adapters_stand_beside_each_other(tmp_path):
     result, found = run(path, "--adapter", "oracle", "-k", "adamp/zeros", "--dtype", "float32")
     assert result.exit_code == EXIT_CONFORMS
     assert Counter(line["implementation"] for line in found) == {"oracle-numpy": 5, str(path): 5}
+
+
+@pytest.mark.parametrize("name", ["torch-sharded", "optax-sharded", "keras-jax", "keras-torch"])
+def test_a_row_that_would_run_on_the_cpu_in_silence_says_so(name):
+    (implementation,) = select([name])
+    with pytest.raises(RuntimeError, match=f"{name} runs on the CPU only, got the device 'cuda'"):
+        implementation.factory("cuda")()

@@ -3,7 +3,7 @@
 ```python
 weights = convert("conv", {"weight": w, "bias": b}, "torch", "keras")  # {"kernel": ..., "bias": ...}
 moments = convert("conv", {"weight": m, "bias": n}, "torch", "keras", moments=True)
-layouts("conv", "keras", {"kernel": (3, 3, 4, 8), "bias": (8,)})  # {"kernel": Layout(-1), "bias": Layout(None)}
+layouts("conv", "keras", {"kernel": (3, 3, 4, 8), "bias": (8,)})  # {"kernel": Layout(3), "bias": Layout(None)}
 ```
 
 `python -m adamp_conformance.layers > docs/layouts.md` writes the table for readers.

@@ -21,8 +21,8 @@ from adamp_conformance.adapters.process import ProcessAdapter
 DEVICES = {"x": 2, "y": 4}  # of the mesh
 TIMEOUT = 600.0  # seconds for one reply; a first step is compiled
 
-# How many devices the CPU pretends to have is settled when JAX starts, so that a process of its own is needed. It has
-# two cores or so: JAX would make as many threads, and collectives of eight devices that wait for each other hang.
+# How many devices the CPU pretends to have is settled when JAX starts, so that a process of its own is needed. JAX
+# makes one thread per core; eight devices that wait for each other need more.
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "NPROC": "32"}
 
 
@@ -30,6 +30,8 @@ class ShardedAdapter(ProcessAdapter):
     """A compiled step of `adamp_jax` on eight virtual devices of the CPU, in a process of its own."""
 
     def __init__(self, execution: str = "sharded", device: str = "cpu") -> None:
+        if device != "cpu":
+            raise RuntimeError(f"optax-{execution} runs on the CPU only, got the device {device!r}")
         settings = [f"{name}={value}" for name, value in ENVIRONMENT.items()]
         program = [sys.executable, "-m", "adamp_conformance.serve", f"{__name__}:Served"]
         super().__init__(shlex.join(["env", *settings, *program]), TIMEOUT)

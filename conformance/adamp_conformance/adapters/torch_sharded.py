@@ -51,6 +51,8 @@ class ShardedAdapter:
     """
 
     def __init__(self, execution: str = "sharded", device: str = "cpu", processes: int = 4, turn: int = 0) -> None:
+        if device != "cpu":
+            raise RuntimeError(f"torch-{execution} runs on the CPU only, got the device {device!r}")
         self.execution = execution
         self.processes = processes
         self.turn = turn
