@@ -116,8 +116,8 @@ def _named(model: Module, optimizer: ProjectedOptimizer) -> tuple[dict[Tensor, s
     if strangers := [tuple(param.shape) for param in optimized if param not in names]:
         raise ValueError(f"the optimizer has parameters of shapes {strangers} that are not in the model")
     held: dict[str, Any] = model.state_dict(keep_vars=True)
-    mine = set(optimized)
-    others = {name: x for name, x in held.items() if x not in mine}
+    mine = set(map(id, optimized))
+    others = {name: x for name, x in held.items() if id(x) not in mine}
     for name, x in {**others, **{names[param]: param for param in optimized}}.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name!r} of the model's state is {type(x).__name__}, and a snapshot holds tensors only")

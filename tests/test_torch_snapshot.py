@@ -35,6 +35,11 @@ class Network(torch.nn.Module):
         return self.out(self.frozen(self.norm(self.embed(x))))
 
 
+class Remembering(Network):
+    def get_extra_state(self):
+        return {"phase": 1}
+
+
 def adamp(model, backwards=False, **options):
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = {"params": [x for x in named if x[1].ndim > 1], "weight_decay": 0.1, "layouts": {"embed": Layout(1)}}
@@ -296,6 +301,9 @@ def test_what_cannot_be_saved_leaves_the_old_file(trained):
     with pytest.raises(TypeError, match=r"'phase' is torch\.complex64"):
         save_snapshot(path, model, optimizer)
     del model.phase
+    remembering = Remembering()
+    with pytest.raises(TypeError, match="'_extra_state' of the model's state is dict"):
+        save_snapshot(path, remembering, adamp(remembering))
     with pytest.raises(ValueError, match="not in the model"):
         save_snapshot(path, model.norm, optimizer)
     with pytest.raises(ValueError, match="maximize"):
