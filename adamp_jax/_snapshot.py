@@ -2,7 +2,6 @@
 
 import functools
 import os
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +14,11 @@ from adamp_jax._base import decayed
 from adamp_jax._layouts import Layouts, assign, path_name
 from adamp_jax._sgdp import ScaleBySGDPState
 from adamp_spec import snapshot
-from adamp_spec.snapshot import Entry, Hyper, Place, Snapshot, SnapshotError
+from adamp_spec.snapshot import Entry, Hyper, Place, Snapshot, decay_groups, dtype_name, one_of_groups
 
 _FIELDS: dict[type, tuple[str, dict[str, str]]] = {
     ScaleByAdamPState: ("adamp", {"m": "mu", "v": "nu"}),
     ScaleBySGDPState: ("sgdp", {"m": "trace"}),
-}
-_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"} | {
-    f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
 }
 
 
@@ -74,13 +70,13 @@ def save_snapshot(
     state, algorithm, moments = _find(params, opt_state)
     if hyperparameters.algorithm != algorithm:
         raise ValueError(f"the state is one of {algorithm}, the hyperparameters are {hyperparameters}")
-    places = _places(params, hyperparameters.weight_decay, weight_decay_mask, layouts)
+    places = _places(params, moments, hyperparameters.weight_decay, weight_decay_mask, layouts)
     last = max((place.group for place in places.values()), default=0)
-    groups = (hyperparameters, replace(hyperparameters, weight_decay=0.0))[: last + 1]
+    groups = decay_groups(hyperparameters)[: last + 1]
     entries = {name: Entry(place.group, int(state.count), place.layout) for name, place in places.items()}
     trees = {"parameter": params, **moments, "other": others}
     tensors = {
-        f"{kind}/{name}": snapshot.Tensor(_dtype(name, x), jnp.shape(x), functools.partial(np.asarray, x))
+        f"{kind}/{name}": snapshot.Tensor(_dtype(name, x), x.shape, functools.partial(np.asarray, x))
         for kind, tree in trees.items()
         for name, x in _named(tree).items()
     }
@@ -111,26 +107,11 @@ def load_snapshot(
       ValueError, TypeError: as `save_snapshot`.
     """
     state, algorithm, moments = _find(params, opt_state)
-    places = _places(params, 1.0, weight_decay_mask, layouts)
-    kept = {name: (_dtype(name, x), jnp.shape(x)) for name, x in _named(others).items()}
+    places = _places(params, moments, 1.0, weight_decay_mask, layouts)
+    kept = {name: (_dtype(name, x), x.shape) for name, x in _named(others).items()}
     with snapshot.opened(path, "flax") as (saved, tensors):
         groups = saved.check_target(tensors, algorithm, places, kept)
-        decaying, resting = groups.get(0), groups.get(1)
-        hyper = decaying or resting
-        if hyper is None:
-            raise SnapshotError("the snapshot has no parameters")
-        if decaying and resting and resting != replace(decaying, weight_decay=0.0):
-            raise SnapshotError(
-                f"the snapshot has groups that differ in more than their decay, {decaying} and {resting}, and one "
-                "transformation cannot be both: divide the parameters with optax.partition"
-            )
-        steps = {entry.step for entry in saved.parameters.values()}
-        if len(steps) > 1:
-            late = sorted(name for name, entry in saved.parameters.items() if entry.step < max(steps))
-            raise SnapshotError(
-                f"parameters {late} have taken fewer steps than others, and Optax counts for all: leave them out of "
-                "the optimizer that you save"
-            )
+        hyper, step = one_of_groups(groups), saved.common_step("Optax")
 
         def filled(kind: str, tree: Any) -> Any:
             def fill(key: Any, x: Any) -> Any:
@@ -142,39 +123,56 @@ def load_snapshot(
         fields = _FIELDS[type(state)][1]
         new = state._replace(**{fields[kind]: filled(kind, tree) for kind, tree in moments.items()})
         opt_state = jax.tree.map(lambda x: new if x is state else x, opt_state, is_leaf=lambda x: x is state)
-        opt_state = optax.tree_utils.tree_set(opt_state, count=jnp.asarray(steps.pop(), jnp.int32))
+        opt_state = optax.tree_utils.tree_set(
+            opt_state,
+            lambda path, _: isinstance(path[-1], optax.tree_utils.NamedTupleKey),  # no parameter of this name
+            count=jnp.asarray(step, jnp.int32),
+        )
         return Restored(filled("parameter", params), opt_state, hyper, filled("other", others))
 
 
 def _find(params: optax.Params, opt_state: optax.OptState) -> tuple[Any, str, dict[str, Any]]:
     """The one state of AdamP or SGDP, its algorithm, and its moments by their names in a snapshot."""
-    kinds = tuple(_FIELDS)
+    kinds = (*_FIELDS, optax.MultiStepsState)
+    if isinstance(opt_state, optax.MultiStepsState):
+        raise ValueError("a snapshot holds no accumulated gradients: save and load the inner state of MultiSteps")
     found = [x for x in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds)) if isinstance(x, kinds)]
-    if len(found) != 1:
-        raise ValueError(f"the state must hold one ScaleByAdamPState or ScaleBySGDPState, and holds {len(found)}")
+    if len(found) != 1 or not isinstance(found[0], tuple(_FIELDS)):
+        raise ValueError(f"the state must hold one ScaleByAdamPState or ScaleBySGDPState, and holds {found!r:.200}")
     algorithm, fields = _FIELDS[type(found[0])]
     moments = {kind: getattr(found[0], field) for kind, field in fields.items()}
     for kind, tree in moments.items():
-        if missing := set(_named(params)) - set(_named(tree)):
-            raise ValueError(f"moment {kind!r} does not cover {sorted(missing)}: save what is masked alone")
+        if differing := set(_named(params)) ^ set(_named(tree)):
+            raise ValueError(
+                f"moment {kind!r} and the parameters do not both have {sorted(differing)}: save masked ones alone"
+            )
     return found[0], algorithm, moments
 
 
-def _places(params: optax.Params, weight_decay: float, mask: Any, layouts: Layouts) -> dict[str, Place]:
+def _places(
+    params: optax.Params, moments: dict[str, Any], weight_decay: float, mask: Any, layouts: Layouts
+) -> dict[str, Place]:
     """Where each parameter belongs; what does not decay is the second group."""
-    decays = decayed(weight_decay, mask, params) if weight_decay else dict.fromkeys(_named(params), True)
+    named = _named(params)
+    decays = decayed(weight_decay, mask, params) if weight_decay else dict.fromkeys(named, True)
+    assigned = assign(params, layouts)
+    kept = [_named(tree) for tree in moments.values()]
     return {
-        name: Place(_NAMES[str(jnp.result_type(x))], jnp.shape(x), int(not decays[name]), assigned.layout)
-        for (name, x), assigned in zip(_named(params).items(), assign(params, layouts).values(), strict=True)
+        name: Place(
+            _dtype(name, x),
+            x.shape,
+            int(not decays[name]),
+            assigned[name].layout,
+            tuple(_dtype(name, tree[name]) for tree in kept),
+        )
+        for name, x in named.items()
     }
 
 
 def _named(tree: Any) -> dict[str, Any]:
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): x if hasattr(x, "dtype") else np.asarray(x) for path, x in leaves}
 
 
 def _dtype(name: str, x: Any) -> str:
-    dtype = str(jnp.result_type(x))
-    if dtype not in _NAMES:
-        raise TypeError(f"{name!r} is {dtype}, which a snapshot cannot hold")
-    return _NAMES[dtype]
+    return dtype_name(name, str(x.dtype))

@@ -12,14 +12,11 @@ from keras import ops
 from keras.backend import standardize_dtype
 
 from adamp_spec import AdamPHyper, SGDPHyper, snapshot
-from adamp_spec.snapshot import MOMENTS, Entry, Hyper, Place, Snapshot, SnapshotError
+from adamp_spec.snapshot import Entry, Hyper, Place, Snapshot, SnapshotError, decay_groups, dtype_name, one_of_groups
 from adamp_tf._adamp import AdamP
 from adamp_tf._base import ProjectedOptimizer
 from adamp_tf._layouts import path_of, resolve
 
-_NAMES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"} | {
-    f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
-}
 _SPELLING = {"lr": "learning_rate", "beta1": "beta_1", "beta2": "beta_2", "eps": "epsilon"}
 
 
@@ -42,12 +39,11 @@ def save_snapshot(path: str | os.PathLike[str], model: keras.Model) -> None:
     optimizer, places, variables, others = _parts(model)
     algorithm, hyper = _hyperparameters(optimizer)
     step = int(ops.convert_to_numpy(optimizer.iterations))
-    groups = [hyper, type(hyper)(**(asdict(hyper) | {"weight_decay": 0.0}))]
     entries = {name: Entry(place.group, step, place.layout) for name, place in places.items()}
     tensors = {f"{kind}/{name}": _tensor(name, x) for kind, named in variables.items() for name, x in named.items()}
     tensors |= {f"other/{name}": _tensor(name, x) for name, x in others.items()}
     last = max(place.group for place in places.values())
-    snapshot.write(path, Snapshot(algorithm, tuple(groups[: last + 1]), entries), tensors)
+    snapshot.write(path, Snapshot(algorithm, decay_groups(hyper)[: last + 1], entries), tensors)
 
 
 def load_snapshot(path: str | os.PathLike[str], model: keras.Model) -> None:
@@ -68,31 +64,18 @@ def load_snapshot(path: str | os.PathLike[str], model: keras.Model) -> None:
     algorithm, hyper = _hyperparameters(optimizer)
     kept = {name: (_dtype(name, x), tuple(x.shape)) for name, x in others.items()}
     with snapshot.opened(path, "np") as (saved, tensors):
-        groups = saved.check_target(tensors, algorithm, places, kept)
-        for i, given in groups.items():
-            wanted = asdict(hyper) | ({"weight_decay": 0.0} if i else {})
-            differing = {
-                _SPELLING.get(name, name): value
-                for name, value in asdict(given).items()
-                if name != "lr" and value != wanted[name]
-            }
-            if differing:
-                raise SnapshotError(f"the snapshot's optimizer has {differing}: compile the model with these")
-        steps = {entry.step for entry in saved.parameters.values()}
-        if len(steps) > 1:
-            late = sorted(name for name, entry in saved.parameters.items() if entry.step < max(steps))
-            raise SnapshotError(
-                f"parameters {late} have taken fewer steps than others, and Keras counts for all: leave them out of "
-                "the optimizer that you save"
-            )
+        given, step = one_of_groups(saved.check_target(tensors, algorithm, places, kept)), saved.common_step("Keras")
+        own = asdict(hyper) | {"lr": given.lr}
+        if differing := {_SPELLING.get(name, name): x for name, x in asdict(given).items() if x != own[name]}:
+            raise SnapshotError(f"the snapshot's optimizer has {differing}: compile the model with these")
         for kind, named in variables.items():
             for name, variable in named.items():
                 variable.assign(tensors[f"{kind}/{name}"].read())
         for name, variable in others.items():
             variable.assign(tensors[f"other/{name}"].read())
-        optimizer.iterations.assign(steps.pop())
-        if not _scheduled(optimizer):
-            optimizer.learning_rate = groups[0 if 0 in groups else 1].lr
+        optimizer.iterations.assign(step)
+        if isinstance(optimizer._learning_rate, keras.Variable):  # not a schedule
+            optimizer.learning_rate = given.lr
 
 
 _Named = dict[str, Any]
@@ -107,24 +90,33 @@ def _parts(model: keras.Model) -> tuple[ProjectedOptimizer, dict[str, Place], di
         raise ValueError(
             "a snapshot holds no averages or accumulated gradients: do without use_ema and gradient_accumulation_steps"
         )
+    if not model.built or not model.trainable_variables:
+        raise ValueError(f"{model.name!r} is not built, or nothing of it is trainable: call it on data first")
     if not model.optimizer.built:
         model.optimizer.build(model.trainable_variables)
     trained = optimizer._trainable_variables
     names = [path_of(variable) for variable in trained]
     known = {id(variable) for variable in trained}
-    others = {path_of(variable): variable for variable in model.variables if id(variable) not in known}
-    if len(set(names) | set(others)) < len(model.variables):
+    held = [variable for variable in model.variables if variable.name != "seed_generator_state"]  # random states
+    others = {path_of(variable): variable for variable in held if id(variable) not in known}
+    if len(set(names) | set(others)) < len(held):
         raise ValueError(f"variables share a path; give the layers names of their own: {sorted(names + list(others))}")
     layouts = resolve(optimizer._named, optimizer._layouts).values()
-    places = {
-        name: Place(_dtype(name, x), tuple(x.shape), int(optimizer.weight_decay > 0 and not decays), assigned.layout)
-        for name, x, decays, assigned in zip(names, trained, optimizer._decays, layouts, strict=True)
+    slots = [optimizer._momentums, *([optimizer._velocities] if isinstance(optimizer, AdamP) else [])]
+    variables = {
+        kind: dict(zip(names, x, strict=True))
+        for kind, x in zip(("parameter", "m", "v"), [trained, *slots], strict=False)
     }
-    slots = [optimizer._momentums, getattr(optimizer, "_velocities", None)]
-    variables = {"parameter": dict(zip(names, trained, strict=True))}
-    for kind, moments in zip(MOMENTS["adamp"], slots, strict=True):
-        if moments is not None:
-            variables[kind] = dict(zip(names, moments, strict=True))
+    places = {
+        name: Place(
+            _dtype(name, x),
+            tuple(x.shape),
+            int(optimizer.weight_decay > 0 and not decays),
+            assigned.layout,
+            tuple(_dtype(name, moment) for moment in moments),
+        )
+        for name, x, decays, assigned, *moments in zip(names, trained, optimizer._decays, layouts, *slots, strict=True)
+    }
     return optimizer, places, variables, others
 
 
@@ -135,10 +127,6 @@ def _hyperparameters(optimizer: ProjectedOptimizer) -> tuple[str, Hyper]:
     return hyper.algorithm, hyper(**given)
 
 
-def _scheduled(optimizer: ProjectedOptimizer) -> bool:
-    return not isinstance(optimizer._learning_rate, keras.Variable)
-
-
 def _tensor(name: str, x: Any) -> snapshot.Tensor:
     def read() -> np.ndarray:
         return np.asarray(ops.convert_to_numpy(x)).astype(np.dtype(standardize_dtype(x.dtype)), copy=False)
@@ -147,7 +135,4 @@ def _tensor(name: str, x: Any) -> snapshot.Tensor:
 
 
 def _dtype(name: str, x: Any) -> str:
-    dtype = standardize_dtype(x.dtype)
-    if dtype not in _NAMES:
-        raise TypeError(f"{name!r} is {dtype}, which a snapshot cannot hold")
-    return _NAMES[dtype]
+    return dtype_name(name, standardize_dtype(x.dtype))

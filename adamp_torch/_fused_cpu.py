@@ -25,7 +25,7 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from adamp_spec import Rows, one_minus_power
-from adamp_torch._paths import Batch, is_plain
+from adamp_torch._paths import PROCESS, Batch, is_plain
 
 TILE = 1 << 15  # elements; what a tile holds of all tensors fits into a second-level cache
 SHARE = 1 << 18  # elements that a thread takes at once
@@ -203,7 +203,7 @@ def _step(
         if not batch.params:
             continue
         options = batch.options
-        torch._foreach_add_(batch.steps, torch.tensor(1.0), alpha=1)  # a number would be made a tensor for each
+        torch._foreach_add_(batch.steps, torch.tensor(1.0, device="cpu"), alpha=1)  # of a number it makes many tensors
         counts = torch.stack(batch.steps).tolist()
         lr = float(options["lr"])
         factor = (-1.0 if options["maximize"] else 1.0) / (1.0 if grad_scale is None else float(grad_scale))
@@ -223,7 +223,15 @@ def _step(
             work.setdefault(param.dtype, []).append(([param, grad, *moments], sizes, line[t]))
     for dtype, items in work.items():
         tensors, sizes_of, lines = zip(*items, strict=True)
-        _passes(numbers[0], _STORAGE[dtype], tensors, sizes_of, np.array(lines), np.array(numbers), np.array(shared))
+        _passes(
+            numbers[0],
+            _STORAGE[dtype],
+            tensors,
+            sizes_of,
+            np.array(lines, np.int64),
+            np.array(numbers),
+            np.array(shared),
+        )
 
 
 def _passes(
@@ -231,18 +239,31 @@ def _passes(
 ) -> None:
     tiles, whole, slices, jobs, waves = _plan(sizes, torch.get_num_threads())
     pointers = np.array([[x.data_ptr() for x in some] for some in tensors])
-    geometry = np.array(sizes)
+    geometry = np.array(sizes, np.int64)
     work = (kind, like, pointers, geometry, lines, numbers, shared, tiles, whole)
     sums = np.empty((len(tiles) - whole, 4))
     modes, norms, dots = np.zeros(len(sums), np.int8), np.empty(len(sums)), np.empty(len(sums))
-    _in_threads(_take_jobs, *work, slices, sums, modes, norms, dots, jobs, waves, waves[:, 2].copy(), np.zeros(1, int))
+    _in_threads(
+        len(jobs),
+        _take_jobs,
+        *work,
+        slices,
+        sums,
+        modes,
+        norms,
+        dots,
+        jobs,
+        waves,
+        waves[:, 2].copy(),
+        np.zeros(1, np.int64),
+    )
     if (modes >= _LAYER).any():
         _join_dots(geometry, tiles, whole, slices, modes, dots)
-        _in_threads(_third_pass, *work, modes, norms, dots, np.zeros(1, int))
+        _in_threads(len(tiles), _third_pass, *work, modes, norms, dots, np.zeros(1, np.int64))
 
 
-def _in_threads(kernel: Callable[..., None], *arguments: Any) -> None:
-    """Runs a kernel on as many threads as PyTorch's own operations use; among themselves they share out the work.
+def _in_threads(jobs: int, kernel: Callable[..., None], *arguments: Any) -> None:
+    """Runs a kernel on as many threads as PyTorch's own operations use; among themselves they share out the jobs.
 
     They are PyTorch's own threads where these can be had. Others would have to be woken, and to share the cores with
     PyTorch's, which stay awake for a while after each operation.
@@ -251,17 +272,17 @@ def _in_threads(kernel: Callable[..., None], *arguments: Any) -> None:
 
     def run(_: object = None) -> None:
         try:
-            room = _rooms.pop()
-        except IndexError:
-            room = np.empty((3, ROWS)), np.empty(TILE, np.float32), np.empty(TILE, np.float64)
-        try:
+            try:
+                room = _rooms.pop()
+            except IndexError:
+                room = np.empty((3, ROWS)), np.empty(TILE, np.float32), np.empty(TILE, np.float64)
             kernel(*arguments, room)
+            _rooms.append(room)
         except BaseException as error:  # C, which may have called this, lets none through
             errors.append(error)
-        _rooms.append(room)
 
-    threads = torch.get_num_threads()
-    if threads > 1 and _OPENMP and os.getpid() == _PROCESS:
+    threads = torch.get_num_threads() if jobs > 1 else 1  # a team of another size would have to be made
+    if threads > 1 and _OPENMP and os.getpid() == PROCESS:
         _OPENMP(_BODY(run), None, threads, 0)
     else:
         others = [_pool(os.getpid(), threads - 1).submit(run) for _ in range(threads - 1)]
@@ -273,7 +294,6 @@ def _in_threads(kernel: Callable[..., None], *arguments: Any) -> None:
 
 
 _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_PROCESS = os.getpid()  # a team of OpenMP's does not survive a fork
 
 
 def _openmp() -> Any:
@@ -726,7 +746,7 @@ def _take_jobs(
     """Jobs in their order, until none is left. `missing` counts, per wave, jobs and then the decision.
 
     A thread takes its second look at tiles that it has looked at itself: they are in its own core's cache. It waits
-    only for jobs of a wave before that of its own latest job, which other threads have begun already.
+    only for jobs of earlier waves than that of its own latest job, which other threads have begun already.
     """
     mine = np.empty(len(jobs), np.int64)
     again = seen = 0

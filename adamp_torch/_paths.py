@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Iterable, Sequence
 from functools import cache
 from types import ModuleType
@@ -16,6 +17,7 @@ from adamp_spec import Rows, check_flag
 from adamp_torch._layouts import Group
 
 T = TypeVar("T")
+PROCESS = os.getpid()  # that has imported the package: a child that it forks must not count on OpenMP's threads
 
 
 def pick(x: Sequence[T], indices: Sequence[int]) -> list[T]:

@@ -89,9 +89,6 @@ def load_snapshot(path: str | os.PathLike[str], model: Module, optimizer: Projec
         for _, group, param, _ in _parameters(optimizer):
             name = names[param]
             param.copy_(tensors[f"parameter/{name}"].read())
-            if saved.parameters[name].step == 0:
-                optimizer.state.pop(param, None)
-                continue
             state = optimizer.state[param]
             state["step"] = step_tensor(saved.parameters[name].step, param, group)
             for kind, key in zip(MOMENTS[algorithm], optimizer.MOMENTS, strict=True):

@@ -37,6 +37,11 @@ def network(optimizer, dtype="float32"):
     return model
 
 
+def compiled(model, optimizer):
+    model.compile(optimizer, "mse")
+    return model
+
+
 def train(model, seed=0):
     random = np.random.default_rng(seed)
     for _ in range(3):
@@ -67,6 +72,30 @@ def test_all_comes_back_bit_for_bit_and_goes_on_alike(make, dtype, stepped, tmp_
     train(model, seed=2)
     train(other, seed=2)
     assert same(everything(model), everything(other))
+
+
+def test_random_states_stay_what_they_are(tmp_path):
+    models = []
+    for _ in range(2):
+        stack = [keras.Input((6,)), layers.Dropout(0.5), layers.Dense(3, name="last")]
+        models.append(compiled(keras.Sequential(stack, name="stack"), MAKERS["adamp"]()))
+    train(models[0])
+    save_snapshot(tmp_path / "x", models[0])
+    load_snapshot(tmp_path / "x", models[1])
+    assert same(*[[np.asarray(x) for x in model.trainable_variables] for model in models])
+
+
+def test_a_forged_step_changes_nothing(tmp_path):
+    model = network(MAKERS["adamp"]())
+    train(model)
+    save_snapshot(tmp_path / "x", model)
+    data = (tmp_path / "x").read_bytes()
+    (tmp_path / "x").write_bytes(data.replace(b'\\"step\\": 3', b'\\"step\\":-3'))
+    assert (tmp_path / "x").read_bytes() != data
+    before = everything(model)
+    with pytest.raises(SnapshotError, match="-3 is no count"):
+        load_snapshot(tmp_path / "x", model)
+    assert same(before, everything(model))
 
 
 def test_a_schedule_goes_on_from_the_step(tmp_path):
@@ -143,6 +172,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
         with pytest.raises(SnapshotError, match=message):
             load_snapshot(tmp_path / "x", other)
         assert same(before, everything(other))
+    with pytest.raises(ValueError, match="not built"):
+        save_snapshot(tmp_path / "y", compiled(keras.Sequential([layers.Dense(3)]), make()))
     with pytest.raises(TypeError, match="optimizer is Adam;"):
         save_snapshot(tmp_path / "y", network(keras.optimizers.Adam()))
     with pytest.raises(ValueError, match="use_ema"):

@@ -274,8 +274,35 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-def test_a_fork_steps_too():
-    assert subprocess.run([sys.executable, "-c", FORK], timeout=60).returncode == 0
+FORK_FIRST = """
+import os, torch
+from adamp_torch import AdamP
+
+torch.set_num_threads(2)
+p = torch.nn.Parameter(torch.ones(4, 4))  # PyTorch's own operations hang in a child where they would be parallel
+p.grad = torch.ones(4, 4)
+torch.ones(500, 1000).sum()  # OpenMP's threads are there
+child = os.fork()
+if child == 0:
+    AdamP([p]).step()
+    os._exit(0)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize("code", [FORK, FORK_FIRST], ids=["after a step", "before any"])
+def test_a_fork_steps_too(code):
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_the_default_device_does_not_matter():
+    expected = run("adamp")
+    params = parameters(SHAPES)
+    optimizer = make("adamp", params)
+    with torch.device("meta"):
+        for _ in range(3):
+            optimizer.step()
+    assert all(map(torch.equal, params, expected))
 
 
 # --- bits ------------------------------------------------------------------------------------------------------------

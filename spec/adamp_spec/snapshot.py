@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,9 @@ FORMAT = 1
 KEY = "adamp-parity"  # of the header, in the file's metadata
 MOMENTS = {"adamp": ("m", "v"), "sgdp": ("m",)}
 REAL = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes of an element
+NUMPY = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "bool": "BOOL"} | {
+    f"{kind}{bits}": f"{kind[0].upper()}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
+}  # NumPy's names -> those of safetensors
 SIZES = REAL | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 
 Hyper = AdamPHyper | SGDPHyper
@@ -93,6 +97,7 @@ class Snapshot:
         """
         try:
             header = json.loads(text)
+            _check_keys("the header", header, ("format", "spec", "algorithm", "groups", "parameters"))
             if header["format"] != FORMAT:
                 raise SnapshotError(
                     f"the snapshot has format {header['format']!r}, this version reads {FORMAT}; {_NEWER}"
@@ -101,24 +106,31 @@ class Snapshot:
                 raise SnapshotError(
                     f"the snapshot follows specification {header['spec']}, this version knows {SPEC_VERSION}; {_NEWER}"
                 )
-            groups = tuple(_HYPER[header["algorithm"]](**group) for group in header["groups"])
-            parameters = {
-                name: Entry(_count(entry["group"]), _count(entry["step"]), Layout(**entry["layout"]))
-                for name, entry in header["parameters"].items()
-            }
-            for name, entry in parameters.items():
+            if header["algorithm"] not in _HYPER:
+                raise ValueError(f"the algorithm is {header['algorithm']!r}, and there are {list(_HYPER)}")
+            hyper = _HYPER[header["algorithm"]]
+            for i, group in enumerate(header["groups"]):
+                _check_keys(f"group {i}", group, [field.name for field in fields(hyper)])
+            groups = tuple(hyper(**group) for group in header["groups"])
+            parameters = {}
+            for name, given in header["parameters"].items():
+                _check_keys(f"parameter {name!r}", given, ("group", "step", "layout"))
+                _check_keys(f"the layout of parameter {name!r}", given["layout"], ("channel", "batch", "view"))
+                entry = Entry(_count(given["group"]), _count(given["step"]), Layout(**given["layout"]))
+                parameters[name] = entry
                 if entry.group >= len(groups):
                     raise ValueError(f"parameter {name!r} is of group {entry.group}, and there are {len(groups)}")
         except SnapshotError:
             raise
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise SnapshotError(f"the snapshot's header is not as SNAPSHOT.md has it: {_said(error)}") from error
+        except (AttributeError, RecursionError, TypeError, ValueError) as error:
+            raise SnapshotError(f"the snapshot's header is not as SNAPSHOT.md has it: {error}") from error
         return cls(header["algorithm"], groups, parameters, header["spec"])
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Raises SnapshotError unless `tensors` are those that the header promises, in shapes and dtypes that fit."""
-        missing = [name for name in self.names() if name not in tensors]
-        foreign = [name for name in tensors if name not in set(self.names()) and not name.startswith("other/")]
+        promised = set(self.names())
+        missing = sorted(promised - set(tensors))
+        foreign = [name for name in tensors if name not in promised and not name.startswith("other/")]
         if missing or foreign:
             raise SnapshotError(f"the snapshot lacks {missing}, and holds {foreign} that its header does not know")
         for name, entry in self.parameters.items():
@@ -167,7 +179,7 @@ class Snapshot:
             if wanted != given:
                 raise SnapshotError(
                     f"snapshot and model differ in their {what}: only the snapshot has {sorted(given - wanted)}, "
-                    f"only the model {sorted(wanted - given)}; make both alike, or map their names"
+                    f"only the model {sorted(wanted - given)}; make both alike"
                 )
         become: dict[int, Hyper] = {}
         for name, place in places.items():
@@ -177,6 +189,12 @@ class Snapshot:
                     f"parameter {name!r} is {tensor.dtype} {tensor.shape} in the snapshot, {place.dtype} {place.shape} "
                     "in the model"
                 )
+            for kind, dtype in zip(MOMENTS[algorithm], place.moments or (), strict=False):
+                found_dtype = tensors[f"{kind}/{name}"].dtype
+                if found_dtype != dtype:
+                    raise SnapshotError(
+                        f"{kind} of parameter {name!r} is {found_dtype} in the snapshot, {dtype} in the optimizer"
+                    )
             if become.setdefault(place.group, self.groups[entry.group]) != self.groups[entry.group]:
                 raise SnapshotError(
                     f"group {place.group} of the optimizer would have to be {become[place.group]} and, for parameter "
@@ -197,6 +215,20 @@ class Snapshot:
                 )
         return become
 
+    def common_step(self, framework: str) -> int:
+        """The steps that every parameter has taken, for a framework that counts for all of them.
+
+        Raises:
+          SnapshotError: some have taken fewer.
+        """
+        last = max(entry.step for entry in self.parameters.values())
+        if late := sorted(name for name, entry in self.parameters.items() if entry.step < last):
+            raise SnapshotError(
+                f"parameters {late} have taken fewer steps than others, and {framework} counts for all: leave them out "
+                "of the optimizer that you save"
+            )
+        return last
+
     def names(self) -> Iterator[str]:
         """The names of all tensors of optimized parameters."""
         for kind in ("parameter", *MOMENTS[self.algorithm]):
@@ -204,12 +236,17 @@ class Snapshot:
 
 
 class Place(NamedTuple):
-    """Where an optimized parameter goes: what its entry and its tensor must fit."""
+    """Where an optimized parameter goes: what its entry and its tensors must fit.
+
+    Attributes:
+      moments: their dtypes, or None where those of the snapshot are taken over.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     group: int
     layout: Layout
+    moments: tuple[str, ...] | None = None
 
 
 class Tensor(NamedTuple):
@@ -243,9 +280,10 @@ def write(path: str | os.PathLike[str], snapshot: Snapshot, tensors: Mapping[str
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
 
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    file = open(temporary, "xb")  # noqa: SIM115 - what exists already is not this call's to remove
     try:
-        with open(temporary, "xb") as file:
+        with file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name, tensor in tensors.items():
                 data = np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8)
@@ -272,16 +310,16 @@ def opened(path: str | os.PathLike[str], framework: str) -> Iterator[tuple[Snaps
       SnapshotError: the file is no snapshot, or damaged.
       OSError: it cannot be read.
     """
-    with open(path, "rb") as file:
-        begin = file.read(2)
-    if begin[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
-        raise SnapshotError(
-            f"{os.fspath(path)!r} is a pickle or an archive, as torch.save writes it, and may run code when loaded: "
-            "read it with torch.load(..., weights_only=True), load that into model and optimizer, save a snapshot"
-        )
     try:
         opened_file = safe_open(path, framework)
     except SafetensorError as error:
+        with open(path, "rb") as file:
+            begin = file.read(2)
+        if begin in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
+            raise SnapshotError(
+                f"{os.fspath(path)!r} is a pickle or an archive, as torch.save writes, and may run code when loaded: "
+                "read it with torch.load(..., weights_only=True), load that into model and optimizer, save a snapshot"
+            ) from error
         raise SnapshotError(f"{os.fspath(path)!r} is damaged or no safetensors file: {error}") from error
     with opened_file as saved:
         header = (saved.metadata() or {}).get(KEY)
@@ -307,10 +345,49 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{value!r} is no count")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:  # frameworks count in int32
+        raise ValueError(f"{value!r} is no count below 2**31")
     return value
 
 
-def _said(error: Exception) -> str:
-    return f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+def _check_keys(what: str, given: Mapping[str, Any], wanted: Sequence[str]) -> None:
+    if set(given) != set(wanted):
+        raise ValueError(f"{what} has the entries {sorted(given)}, and must have {sorted(wanted)}")
+
+
+def dtype_name(name: str, dtype: str) -> str:
+    """What safetensors calls a dtype of NumPy's.
+
+    Raises:
+      TypeError: a snapshot cannot hold it.
+    """
+    if dtype not in NUMPY:
+        raise TypeError(f"{name!r} is {dtype}, which a snapshot cannot hold")
+    return NUMPY[dtype]
+
+
+def decay_groups(hyper: Hyper) -> tuple[Hyper, Hyper]:
+    """The groups of an optimizer that exempts parameters from weight decay: those that decay, and those."""
+    return hyper, replace(hyper, weight_decay=0.0)
+
+
+def one_of_groups(groups: Mapping[int, Hyper]) -> Hyper:
+    """The hyperparameters of which `groups`, as `check_target` gives them, are the `decay_groups`.
+
+    Raises:
+      SnapshotError: there are none.
+    """
+    exempt = groups.get(1)
+    if exempt and exempt.weight_decay:
+        raise SnapshotError(
+            f"the optimizer exempts parameters from weight decay that decay by {exempt.weight_decay} in the snapshot"
+        )
+    hyper = groups.get(0, exempt)
+    if hyper is None:
+        raise SnapshotError("the optimizer has no parameters")
+    if exempt not in (None, *decay_groups(hyper)):
+        raise SnapshotError(
+            f"the snapshot has groups that differ in more than their decay, {hyper} and {exempt}, and one optimizer "
+            "cannot be both: make two, of which each saves and loads its own parameters"
+        )
+    return hyper
