@@ -23,7 +23,7 @@ FAULTS = {
         "adamp/views",
         {
             "torch": ("_projection.py", "masked_fill(projected, wd_ratio)", "masked_fill(projected, 1.0)"),
-            "keras": ("_projection.py", "wd_ratio * one, one", "one, one"),
+            "keras": ("_projection.py", "ops.where(projected, ratio, one)", "ops.where(projected, one, one)"),
             "optax": ("_projection.py", "jnp.where(projected, wd_ratio, ", "jnp.where(projected, 1.0, "),
         },
     ),
@@ -54,8 +54,8 @@ FAULTS = {
             ),
             "optax": (
                 "_projection.py",
-                "jnp.all(cosine < threshold, axis=rows.channel, keepdims=True)",
-                "jnp.mean(cosine, axis=rows.channel, keepdims=True) < threshold",
+                "return cosine <",
+                "return jnp.mean(cosine, rows.channel, keepdims=True) + 0 * cosine <",
             ),
         },
     ),
@@ -63,7 +63,7 @@ FAULTS = {
         "sgdp/views",
         {
             "torch": ("_sgdp.py", "(weight_decay / (1 - momentum))", "weight_decay"),
-            "keras": ("_sgdp.py", "(self.weight_decay / (1 - mu))", "self.weight_decay"),
+            "keras": ("_sgdp.py", "(self.weight_decay / (1 - self.momentum))", "self.weight_decay"),
             "optax": ("_sgdp.py", "c(decay / (1 - momentum))", "c(decay)"),
         },
     ),
