@@ -134,10 +134,10 @@ def load_snapshot(
 def _find(params: optax.Params, opt_state: optax.OptState) -> tuple[Any, str, dict[str, Any]]:
     """The one state of AdamP or SGDP, its algorithm, and its moments by their names in a snapshot."""
     kinds = (*_FIELDS, optax.MultiStepsState)
-    if isinstance(opt_state, optax.MultiStepsState):
-        raise ValueError("a snapshot holds no accumulated gradients: save and load the inner state of MultiSteps")
     found = [x for x in jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kinds)) if isinstance(x, kinds)]
-    if len(found) != 1 or not isinstance(found[0], tuple(_FIELDS)):
+    if any(isinstance(x, optax.MultiStepsState) for x in found):
+        raise ValueError("a snapshot holds no accumulated gradients: save and load the inner state of MultiSteps")
+    if len(found) != 1:
         raise ValueError(f"the state must hold one ScaleByAdamPState or ScaleBySGDPState, and holds {found!r:.200}")
     algorithm, fields = _FIELDS[type(found[0])]
     moments = {kind: getattr(found[0], field) for kind, field in fields.items()}

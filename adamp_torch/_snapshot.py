@@ -12,23 +12,15 @@ from torch import Tensor
 from torch.nn import Module
 
 from adamp_spec import AdamPHyper, Layout, SGDPHyper, snapshot
-from adamp_spec.snapshot import MOMENTS, Entry, Hyper, Place, Snapshot
+from adamp_spec.snapshot import MOMENTS, NUMPY, Entry, Hyper, Place, Snapshot
 from adamp_torch._adamp import AdamP
-from adamp_torch._base import ProjectedOptimizer, step_tensor
+from adamp_torch._base import DTYPES, ProjectedOptimizer, step_tensor
 from adamp_torch._layouts import Group, group_layouts
 from adamp_torch._sharding import is_sharded
 
 _NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
+    dtype: NUMPY[str(dtype).removeprefix("torch.")]
+    for dtype in (*DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 }
 
 

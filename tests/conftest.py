@@ -1,5 +1,6 @@
 """Hypothesis profiles; `pytest tests/test_two_oracles.py --hypothesis-profile=long` searches for ten minutes."""
 
+import os
 from contextlib import suppress
 
 import pytest
@@ -11,6 +12,7 @@ from adamp_conformance import cli
 with suppress(ImportError):
     import triton  # noqa: F401 - which torch loads later; loaded after TensorFlow, it ends the process
 
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 settings.register_profile("long", max_examples=7000, deadline=None)
 
 

@@ -115,8 +115,7 @@ def test_all_three_frameworks_hand_it_on(make, tmp_path):
     train(model)
     save_snapshot(tmp_path / "keras", model)
 
-    hyper = {"adamp": AdamPHyper, "sgdp": SGDPHyper}[type(model.optimizer).__name__.lower()]
-    adamp = hyper is AdamPHyper
+    adamp = isinstance(model.optimizer, adamp_tf.AdamP)
     hyper = (
         AdamPHyper(lr=0.01, weight_decay=0.1, nesterov=True)
         if adamp

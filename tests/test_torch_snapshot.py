@@ -357,7 +357,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(trained, monkey
 
 
 PEAK = """
-import resource, sys, torch
+import sys, threading, torch
 from adamp_torch import AdamP, load_snapshot, save_snapshot
 
 def anonymous():
@@ -372,7 +372,6 @@ model.zero_grad()
 peaks = []
 for work in (save_snapshot, load_snapshot):
     before = anonymous()
-    import threading
     most, done = [before], threading.Event()
     def watch():
         while not done.is_set():

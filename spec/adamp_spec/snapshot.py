@@ -189,11 +189,11 @@ class Snapshot:
                     f"parameter {name!r} is {tensor.dtype} {tensor.shape} in the snapshot, {place.dtype} {place.shape} "
                     "in the model"
                 )
-            for kind, dtype in zip(MOMENTS[algorithm], place.moments or (), strict=False):
-                found_dtype = tensors[f"{kind}/{name}"].dtype
-                if found_dtype != dtype:
+            moments = [tensors[f"{kind}/{name}"].dtype for kind in MOMENTS[algorithm]]
+            for kind, dtype, kept in zip(MOMENTS[algorithm], moments, place.moments or moments, strict=True):
+                if dtype != kept:
                     raise SnapshotError(
-                        f"{kind} of parameter {name!r} is {found_dtype} in the snapshot, {dtype} in the optimizer"
+                        f"{kind} of parameter {name!r} is {dtype} in the snapshot, {kept} in the optimizer"
                     )
             if become.setdefault(place.group, self.groups[entry.group]) != self.groups[entry.group]:
                 raise SnapshotError(
@@ -207,11 +207,11 @@ class Snapshot:
                     f"parameter {name!r} has {entry.layout} in the snapshot, {place.layout} in the optimizer, which is "
                     "then another optimizer: give it the snapshot's in `layouts`"
                 )
-        for name, (dtype, shape) in others.items():
+        for name, (kept, shape) in others.items():
             tensor = tensors[f"other/{name}"]
-            if (tensor.dtype, tensor.shape) != (dtype, shape):
+            if (tensor.dtype, tensor.shape) != (kept, shape):
                 raise SnapshotError(
-                    f"{name!r} is {tensor.dtype} {tensor.shape} in the snapshot, {dtype} {shape} in the model"
+                    f"{name!r} is {tensor.dtype} {tensor.shape} in the snapshot, {kept} {shape} in the model"
                 )
         return become
 
