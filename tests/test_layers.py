@@ -32,7 +32,8 @@ import adamp_tf
 import adamp_torch
 from adamp_conformance.cases import Random, noise, orthogonal_rows
 from adamp_conformance.judge import expected_outcomes, margins
-from adamp_conformance.layers import convert, layouts, markdown, read_row, rows
+from adamp_conformance.layers import convert, layouts, read_row, rows
+from adamp_conformance.publish.layers import markdown
 from adamp_conformance.spec_files import spec_file
 from adamp_jax._layouts import assign
 from adamp_spec import Bounded, Branch, Layout

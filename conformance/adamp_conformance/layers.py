@@ -5,8 +5,6 @@ weights = convert("conv", {"weight": w, "bias": b}, "torch", "keras")  # {"kerne
 moments = convert("conv", {"weight": m, "bias": n}, "torch", "keras", moments=True)
 layouts("conv", "keras", {"kernel": (3, 3, 4, 8), "bias": (8,)})  # {"kernel": Layout(3), "bias": Layout(None)}
 ```
-
-`python -m adamp_conformance.layers > docs/layouts.md` writes the table for readers.
 """
 
 from __future__ import annotations
@@ -15,11 +13,11 @@ import json
 import math
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jsonschema
 import numpy as np
@@ -72,6 +70,7 @@ class Form:
       by_name: parameters known only while the layer has the name that its framework gives it.
       by_class: parameters known by the layer's class but not by any path.
       apart: why no layout makes this form decide as the others do, or None.
+      counter: a scalar that counts the layer's calls in training, which other frameworks do not count, or None.
     """
 
     layer: tuple[str, ...]
@@ -81,6 +80,7 @@ class Form:
     by_name: frozenset[str] = frozenset()
     by_class: frozenset[str] = frozenset()
     apart: str | None = None
+    counter: str | None = None
 
     def axes(self) -> list[tuple[Letter, ...]]:
         """The axes of all parameters."""
@@ -105,6 +105,7 @@ class Row:
       equal: axes of one size.
       part_axis, parts: the axis whose places have names, and the names in PyTorch's order.
       forms: framework -> the layer there; PyTorch always.
+      statistics: what the layer gathers in training and no optimizer steps, as a row of its own, or None.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Row:
     part_axis: str | None
     parts: tuple[str, ...]
     forms: Mapping[str, Form]
+    statistics: Row | None = None
 
     def form(self, framework: str) -> Form:
         """The layer in a framework.
@@ -134,6 +136,46 @@ class Row:
             if Term(name, None) not in taken:
                 missing += [Term(name, p) for p in (self.parts if has_parts else (None,)) if Term(name, p) not in taken]
         return missing
+
+    def without(self, zero: Iterable[str]) -> Row:
+        """The layer whose PyTorch parameters `zero` are zero and stay so: they vanish from every sum, and from PyTorch.
+
+        Raises:
+          ValueError: PyTorch's layer has no such parameter.
+        """
+        gone = set(zero)
+        if unknown := gone - set(self.forms["torch"].pieces):
+            raise ValueError(f"layer {self.name!r} has no {sorted(unknown)} in torch")
+        forms = {}
+        for framework, form in self.forms.items():
+            pieces = {}
+            for name, given in form.pieces.items():
+                kept = [x._replace(terms=tuple(t for t in x.terms if t.parameter not in gone)) for x in given]
+                if framework != "torch" and all(piece.terms for piece in kept):
+                    pieces[name] = tuple(kept)
+                elif framework == "torch" and name not in gone:
+                    pieces[name] = given
+            forms[framework] = replace(form, pieces=pieces)
+        return replace(self, forms=forms)
+
+    def loss(self, source: str, target: str) -> str | None:
+        """Why carrying this layer over is no bijection or makes another optimizer of it; None where it is neither."""
+        for framework in (source, target):
+            form = self.form(framework)
+            if form.apart:
+                return f"{framework} decides otherwise: {form.apart}"
+            if sums := sorted(form.sums()):
+                terms = {name: [term.parameter for term in form.pieces[name][0].terms] for name in sums}
+                added = "; ".join(f"{name} is the sum of {' and '.join(each)}" for name, each in terms.items())
+                return (
+                    f"in {framework} {added}, which nothing tells apart again: in PyTorch, add all to the first, set "
+                    "the others to zero, freeze them (requires_grad_(False)), and name them in the map's `zero`"
+                )
+            if any(piece.constants for pieces in form.pieces.values() for piece in pieces):
+                return f"{framework} keeps a constant apart, and adding it rounds"
+            if missing := self.homeless(framework):
+                return f"{framework} has no place for {', '.join(dict.fromkeys(term.parameter for term in missing))}"
+        return None
 
 
 @cache
@@ -189,6 +231,49 @@ def convert(
     return _from_torch(row, target, torch, known, moments)
 
 
+def origins(row: str | Row, source: str, target: str) -> dict[str, set[str]]:
+    """Which of the source's parameters each of the target's needs to be made."""
+    row = _row(row)
+    needed = _needed(row, source)
+    return {
+        name: set().union(*(needed[term.parameter] for piece in pieces for term in piece.terms))
+        for name, pieces in row.form(target).pieces.items()
+    }
+
+
+def axis_sizes(
+    row: str | Row, shapes: Shapes, source: str, target: str, sizes: Mapping[str, int] | None = None
+) -> dict[str, int]:
+    """The size of every axis that the source's shapes and `sizes` tell, to be given as `sizes` for a part of them.
+
+    Raises:
+      ValueError: as `convert`.
+    """
+    known = _measure(_row(row), (source, "torch", target), source, shapes, sizes)
+    told = {name: size for name, size in known.sizes.items() if not name.startswith(SPATIAL)}
+    return told if known.spatial is None else told | {SPATIAL: known.spatial}
+
+
+def target_shapes(
+    row: str | Row, shapes: Shapes, source: str, target: str, sizes: Mapping[str, int] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The shapes that `convert` gives to the target's parameters, from those of the source.
+
+    Raises:
+      ValueError: as `convert`.
+    """
+    row = _row(row)
+    row.form(target)
+    known = _measure(row, (source, "torch", target), source, shapes, sizes)
+    present = {name for name, whole in _needed(row, source).items() if _present(row, source, whole, shapes)}
+    answer = {}
+    for name, pieces in row.forms[target].pieces.items():
+        if _present(row, "torch", {term.parameter for piece in pieces for term in piece.terms}, present):
+            first, *others = (known.shape(known.axes(piece.axes)) for piece in pieces)
+            answer[name] = (first[0] + sum(shape[0] for shape in others), *first[1:]) if others else first
+    return answer
+
+
 def layouts(
     row: str | Row, framework: str, shapes: Shapes, sizes: Mapping[str, int] | None = None
 ) -> dict[str, Layout]:
@@ -208,7 +293,7 @@ def layouts(
     answer = {}
     for name in shapes:
         axes = known.axes(row.forms[framework].pieces[name][0].axes)
-        channel, batch, view = _cut(row, axes)
+        channel, batch, view = cut(row, axes)
         view_sizes = None if view is None else [math.prod(known.size(letter) for letter in run) for run in view]
         answer[name] = Layout(channel, batch, view_sizes) if channel else Layout(None)
     return answer
@@ -302,9 +387,7 @@ def _spatial(row: Row, source: str, name: str, axes: Axes, shape: tuple[int, ...
         rank_fits = known in (None, len(shape) - fixed) and len(shape) >= fixed
         known = len(shape) - fixed
     if not rank_fits:
-        raise ValueError(
-            f"layer {row.name!r} in {source}: {name!r} is {_written(axes)!r} and cannot have shape {shape}"
-        )
+        raise ValueError(f"layer {row.name!r} in {source}: {name!r} is {written(axes)!r} and cannot have shape {shape}")
     return known
 
 
@@ -342,7 +425,7 @@ def _solve(
     if not unknown and rest == total:
         return
     if not unknown or factor == 0 or (total - rest) % factor or total < rest:
-        axes = " and ".join(_written(piece.axes) for piece in row.forms[source].pieces[name])
+        axes = " and ".join(written(piece.axes) for piece in row.forms[source].pieces[name])
         raise ValueError(
             f"layer {row.name!r} in {source}: {name!r} is {axes!r} and cannot have shape {shape}, "
             f"where the other shapes and sizes say {sizes}"
@@ -369,13 +452,8 @@ def _inseparable(axes: Sequence[tuple[Letter, ...]]) -> Iterator[str]:
 
 def _to_torch(row: Row, source: str, arrays: Arrays, known: _Known, moments: bool) -> dict[str, np.ndarray]:
     form = row.forms[source]
-    needed: dict[str, set[str]] = {name: set() for name in row.forms["torch"].pieces}
-    for name, pieces in form.pieces.items():
-        for piece in pieces:
-            for term in piece.terms:
-                needed[term.parameter].add(name)
     torch = {}
-    for parameter, whole in needed.items():
+    for parameter, whole in _needed(row, source).items():
         if _present(row, source, whole, arrays):
             axes = known.axes(row.forms["torch"].pieces[parameter][0].axes)
             dtype = arrays[next(iter(sorted(whole)))].dtype
@@ -396,6 +474,18 @@ def _to_torch(row: Row, source: str, arrays: Arrays, known: _Known, moments: boo
     return {
         name: x.reshape(known.shape(known.axes(row.forms["torch"].pieces[name][0].axes))) for name, x in torch.items()
     }
+
+
+def _needed(row: Row, source: str) -> dict[str, set[str]]:
+    """PyTorch's parameter -> those of the source that it is made from."""
+    if source == "torch":
+        return {name: {name} for name in row.form(source).pieces}
+    needed: dict[str, set[str]] = {name: set() for name in row.forms["torch"].pieces}
+    for name, pieces in row.form(source).pieces.items():
+        for piece in pieces:
+            for term in piece.terms:
+                needed[term.parameter].add(name)
+    return needed
 
 
 def _from_torch(row: Row, target: str, torch: Arrays, known: _Known, moments: bool) -> dict[str, np.ndarray]:
@@ -438,7 +528,7 @@ def _from_torch(row: Row, target: str, torch: Arrays, known: _Known, moments: bo
     return answer
 
 
-def _present(row: Row, framework: str, names: set[str], arrays: Arrays) -> bool:
+def _present(row: Row, framework: str, names: set[str], arrays: Collection[str]) -> bool:
     """Whether the arrays are there, all or none."""
     missing = names - set(arrays)
     if missing and missing != names:
@@ -486,7 +576,7 @@ def _plus_constants(x: np.ndarray, row: Row, names: Sequence[str], piece: Piece,
 # ------------------------------------------------------------------------------------------------ layouts
 
 
-def _cut(row: Row, axes: Axes) -> tuple[list[int], list[int], list[list[Letter]] | None]:
+def cut(row: Row, axes: Axes) -> tuple[list[int], list[int], list[list[Letter]] | None]:
     """Channel axes, batch axes, and what each axis of the view is made of, None where no view is needed."""
 
     def kind(letter: Letter) -> str:
@@ -510,7 +600,7 @@ def _cut(row: Row, axes: Axes) -> tuple[list[int], list[int], list[list[Letter]]
 
 # ------------------------------------------------------------------------------------------------ the file
 
-_OPTIONS = ("layer", "order", "declare", "by_name", "by_class", "apart")
+_OPTIONS = ("layer", "order", "declare", "by_name", "by_class", "apart", "counter", "statistics")
 
 
 def read_row(name: str, entry: Mapping) -> Row:
@@ -526,6 +616,9 @@ def read_row(name: str, entry: Mapping) -> Row:
             form = _read_form(framework, entry[framework])
             forms |= {each: form for each in (("linen", "nnx") if framework == "flax" else (framework,))}
     row = Row(name, entry["title"], entry.get("batch"), tuple(entry.get("equal", ())), part_axis, _words(parts), forms)
+    if "statistics" in entry["torch"]:
+        gathered = {key: {"layer": x["layer"], **x["statistics"]} for key, x in entry.items() if "statistics" in x}
+        row = replace(row, statistics=read_row(f"{name} statistics", {"title": entry["title"], **gathered}))
     _check_row(row)
     return row
 
@@ -536,9 +629,9 @@ def _read_form(framework: str, entry: Mapping) -> Form:
         if name not in _OPTIONS:
             sources = [f"{name}: {text}"] if framework == "torch" else [text] if isinstance(text, str) else text
             pieces[name] = tuple(map(_read_piece, sources))
-    options = {key: frozenset(entry.get(key, ())) for key in ("declare", "by_name", "by_class")}
-    layer = tuple(entry["layer"].split(", "))
-    return Form(layer, pieces, _words(entry.get("order", "")), **options, apart=entry.get("apart"))
+    options: dict[str, Any] = {key: frozenset(entry.get(key, ())) for key in ("declare", "by_name", "by_class")}
+    options |= {key: entry.get(key) for key in ("apart", "counter")}
+    return Form(tuple(entry["layer"].split(", ")), pieces, _words(entry.get("order", "")), **options)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -567,7 +660,8 @@ def _read_axes(text: str) -> Axes:
     )
 
 
-def _written(axes: Axes) -> str:
+def written(axes: Axes) -> str:
+    """Axes as `layouts.toml` writes them."""
     words = [
         " ".join(("~" if x.backwards else "") + (x.name.upper() if x.indexes_rows else x.name) for x in axis) or "1"
         for axis in axes
@@ -591,7 +685,7 @@ def _check_row(row: Row) -> None:
                 place = f"{framework} {name!r}"
                 letters = sorted(x[:2] for axis in piece.axes for x in axis if x.name != f"1{SPATIAL}")
                 if len(dict(letters)) != len(letters):
-                    raise complain(place, f"an axis is named twice in {_written(piece.axes)!r}")
+                    raise complain(place, f"an axis is named twice in {written(piece.axes)!r}")
                 for term in piece.terms:
                     if term.parameter not in torch:
                         raise complain(place, f"PyTorch's layer has no {term.parameter!r}; it has {sorted(torch)}")
@@ -603,7 +697,7 @@ def _check_row(row: Row) -> None:
                         own = [x for x in own if x[0] != row.part_axis]
                     if own != letters:
                         raise complain(
-                            place, f"{_written(piece.axes)!r} has other axes than PyTorch's {_written(origin.axes)!r}"
+                            place, f"{written(piece.axes)!r} has other axes than PyTorch's {written(origin.axes)!r}"
                         )
 
 
@@ -613,71 +707,3 @@ def _row(row: str | Row) -> Row:
     if row not in rows():
         raise ValueError(f"there is no layer {row!r} in layouts.toml; it has {', '.join(rows())}")
     return rows()[row]
-
-
-# ------------------------------------------------------------------------------------------------ for readers
-
-_HEAD = """# Layers and layouts
-
-Which axes of each framework's weights are the channels, and how its weights become another's. Written from
-`spec/layouts.toml` by `python -m adamp_conformance.layers`; tests prove each row with the real layers.
-
-UPPER CASE marks the axes that index the rows; `(a b)` is one axis of size a*b, `...` the spatial axes, `~` an axis that
-lies backwards. `a[q]` is the part q of a; `a + b` a sum, which has no way back; what `;` separates is joined along the
-first axis. "Declare" marks what the optimizer must be told; "by name" what it knows only under the name that the
-framework gives the layer; "by class" what `adamp_tf.layouts_for` knows and a path does not tell.
-`adamp_conformance.layers.convert` carries weights and moments over, `layouts` gives the layouts.
-"""
-
-
-def markdown() -> str:
-    """The table for readers, `docs/layouts.md`."""
-    lines = [_HEAD]
-    for row in rows().values():
-        lines += [f"## {row.title[0].upper()}{row.title[1:]}", ""]
-        lines += [f"Parts of `{row.part_axis}` in PyTorch's order: {' '.join(row.parts)}.", ""] if row.part_axis else []
-        lines += ["| | layer | parameter | is | layout | |", "| --- | --- | --- | --- | --- | --- |"]
-        for framework, form in row.forms.items():
-            if framework == "nnx" and row.forms.get("linen") is form:
-                continue
-            shared = framework == "linen" and row.forms.get("nnx") is form
-            first = f"| {'flax' if shared else framework} | {', '.join(form.layer)} |"
-            for name, pieces in form.pieces.items():
-                made_of = "; ".join(_source(row, framework, piece) for piece in pieces)
-                words = (("declare", form.declare), ("by name", form.by_name), ("by class", form.by_class))
-                note = " ".join(word for word, names in words if name in names)
-                lines.append(f"{first} `{name}` | {made_of} | {_layout_text(row, pieces[0].axes)} | {note} |")
-                first = "| | |"
-            if form.order:
-                lines.append(f"| | | | in the order {' '.join(form.order)} | | |")
-            if form.apart:
-                lines.append(f"| | | | | decides apart: {form.apart} | |")
-        lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _source(row: Row, framework: str, piece: Piece) -> str:
-    terms = [term.parameter + (f"[{term.part}]" if term.part else "") for term in piece.terms]
-    constants = "".join(f" {'-' if x < 0 else '+'} {abs(x):g}[{part}]" for x, part in piece.constants)
-    return f"`{_written(piece.axes)}`" + ("" if framework == "torch" else f" of `{' + '.join(terms)}{constants}`")
-
-
-def _layout_text(row: Row, axes: Axes) -> str:
-    channel, batch, view = _cut(row, axes)
-    if not channel:
-        return "never projected"
-    runs = view or [list(axis) for axis in axes]
-    spatial = next((i for i, run in enumerate(runs) if run and run[0].name.endswith(SPATIAL)), len(runs))
-
-    def places(indices: Sequence[int]) -> str:
-        found = [i if i < spatial else i - len(runs) for i in indices]
-        return str(found[0]) if len(found) == 1 else f"({', '.join(map(str, found))})"
-
-    text = places(channel) + (f", batch={places(batch)}" if batch else "")
-    if view:
-        text += f", view=({', '.join('*'.join(letter.name for letter in run) or '1' for run in view)})"
-    return f"`Layout({text})`"
-
-
-if __name__ == "__main__":
-    print(markdown(), end="")
