@@ -17,16 +17,16 @@ from adamp_conformance.adapter import DTYPES, State
 from adamp_conformance.adapters.oracle import OracleAdapter
 from adamp_conformance.adapters.torch import TorchAdapter
 from adamp_conformance.cases import DESIGNED
-from adamp_conformance.digits import BATCH, DIGITS, data, initial_weights, loss, to_keras, to_torch
-from adamp_conformance.implementations import Implementation
+from adamp_conformance.digits import BATCH, DIGITS, DigitsCase, data, initial_weights, loss, to_keras, to_torch
+from adamp_conformance.implementations import ORACLE, Implementation
 from adamp_conformance.judge import ALGORITHMS, expected_outcomes, judge_step
-from adamp_conformance.modes import RUNS, Bench, Problem, create, judge_vectors
+from adamp_conformance.modes import RELAY_STEPS, RUNS, Bench, Problem, create, judge_vectors
 from adamp_conformance.results import Result, Run, exit_code, write
 from adamp_conformance.spec_files import spec_file
 from adamp_conformance.vectors import load
-from adamp_spec import Branch
+from adamp_spec import Branch, Layout
 
-BY_ID = {case.id: case for case in DESIGNED}
+BY_ID = {case.id: case for case in (*DESIGNED, *DIGITS)}
 GROUPS = {group.id: group for group in load().groups}
 
 
@@ -270,6 +270,169 @@ def test_either_whole_outcome_is_legal_near_the_threshold():
         assert verdict.conforms
         assert verdict.ambiguous
         assert verdict.branches["channel"] == branch
+
+
+# Relays: one begins, the others go on in turn, and it ends.
+
+
+class KerasForm(OracleAdapter):
+    """The oracle on weights whose rows are the last axis, unless it is told otherwise."""
+
+    def capabilities(self):
+        return replace(super().capabilities(), weights="keras")
+
+    def create(self, algorithm, hyper, parameters):
+        last = {name: x._replace(layout=x.layout or Layout(-1)) for name, x in parameters.items()}
+        super().create(algorithm, hyper, last)
+
+
+def relay(make=OracleAdapter, case="adamp/digits", **sources):
+    return RUNS["relay"](bench(make, case, sources=sources)._replace(name="a"))
+
+
+def recording(name, log, make=OracleAdapter):
+    """Writes down who takes a step, and after how many."""
+
+    class Records(make):
+        def step(self, gradients):
+            log.append((name, self.state.step))
+            super().step(gradients)
+
+    return Records
+
+
+@pytest.mark.parametrize("case", ["adamp/digits", "sgdp/digits", "adamp/run"])
+def test_a_relay_takes_every_order_of_the_others(case):
+    log = []
+    outcome = relay(recording("a", log), case, b=recording("b", log, KerasForm), c=recording("c", log))
+    assert outcome.problem is None
+    assert 0 < outcome.worst.verdict.margin <= 1
+    assert [name for name, _ in log] == [name for name in "abcacba" for _ in range(RELAY_STEPS)]
+    counts = list(range(4 * RELAY_STEPS))
+    assert [step for _, step in log] == counts + counts[RELAY_STEPS:]
+
+
+def test_the_margin_of_a_relay_is_of_ones_own_steps():
+    mine = relay(b=KerasForm).worst
+    assert set(mine.gradients) == set(initial_weights("torch"))
+    assert mine.after.step in {*range(1, RELAY_STEPS + 1), *range(2 * RELAY_STEPS + 1, 3 * RELAY_STEPS + 1)}
+
+
+def test_the_oracle_runs_a_leg_only_where_there_is_nobody_else():
+    log = []
+    oracle = {ORACLE.name: recording("oracle", log)}
+    assert relay(recording("a", log), **oracle, b=recording("b", log)).problem is None
+    assert {name for name, _ in log} == {"a", "b"}
+    assert relay(recording("a", log), **oracle).problem is None
+    assert {name for name, _ in log} == {"a", "b", "oracle"}
+    assert relay().problem == "nobody to hand over to in float32"
+
+
+def test_a_relay_does_without_those_that_lack_the_type():
+    assert relay(b=HalfOnly).problem == "nobody to hand over to in float32"
+    assert relay(b=HalfOnly, c=OracleAdapter).problem is None
+
+
+def loading(change):
+    """An adapter that changes what it is to load."""
+
+    class Changes(KerasForm):
+        def load(self, state):
+            super().load(change(state))
+
+    return Changes
+
+
+def loses_second_moment(state):
+    return replace(state, moments=state.moments | {"v": {n: np.zeros_like(x) for n, x in state.moments["v"].items()}})
+
+
+def counts_one_more(state):
+    return replace(state, step=state.step + bool(state.step))
+
+
+def swaps(arrays):
+    """The two of one shape, scale and shift of a normalisation."""
+    one, other = list(arrays)[1:3]
+    return arrays | {one: arrays[other], other: arrays[one]}
+
+
+def swaps_parameters(state):
+    return replace(state, parameters=swaps(state.parameters)) if state.step else state
+
+
+def swaps_moments(state):
+    return replace(state, moments={moment: swaps(arrays) for moment, arrays in state.moments.items()})
+
+
+class Conceals(KerasForm):
+    """Shows what it has loaded, and starts its next step from something else."""
+
+    loaded = False
+
+    def load(self, state):
+        super().load(state)
+        self.loaded = state.step > 0
+
+    def step(self, gradients):
+        count = self.state.step
+        if self.loaded:
+            self.state = self.instead(self.state)
+            self.loaded = False
+        super().step(gradients)
+        self.state = replace(self.state, step=count + 1)
+
+
+class ConcealsLoss(Conceals):
+    instead = staticmethod(loses_second_moment)
+
+
+class ConcealsCount(Conceals):
+    instead = staticmethod(lambda state: replace(state, step=0))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (loading(loses_second_moment), "v of 'CONV' differs: handed over by GIVER and held by TAKER"),
+        (loading(counts_one_more), "step 3 handed over by GIVER, 4 held by TAKER"),
+        (loading(swaps_parameters), "p of 'SCALE' differs: handed over by GIVER and held by TAKER"),
+        (loading(swaps_moments), "m of 'SCALE' differs: handed over by GIVER and held by TAKER"),
+        (ConcealsLoss, r"adopted from GIVER by TAKER: p of '.*' is off by .* times the bound at step STEP"),
+        (ConcealsCount, r"adopted from GIVER by TAKER: p of '.*' is off by .* times the bound at step STEP"),
+    ],
+)
+def test_a_relay_names_the_leg_that_fails(make, words):
+    """Whoever it is that does not take over as it should: one of the others, or the one that begins and ends."""
+    other = {"CONV": "conv2d/kernel", "SCALE": "batch_normalization/gamma", "GIVER": "a", "TAKER": "b"}
+    first = {"CONV": "conv1.weight", "SCALE": "bn1.weight", "GIVER": "b", "TAKER": "a"}
+
+    class TorchForm(make):
+        def capabilities(self):
+            return OracleAdapter().capabilities()
+
+        create = OracleAdapter.create
+
+    for problem, names, step in (
+        (relay(b=make).problem, other, RELAY_STEPS + 1),
+        (relay(TorchForm, b=KerasForm).problem, first, 2 * RELAY_STEPS + 1),
+    ):
+        expected = words.replace("STEP", str(step))
+        for name, value in names.items():
+            expected = expected.replace(name, value)
+        assert re.fullmatch(expected, problem), problem
+
+
+def test_a_relay_sees_what_is_lost_on_the_way_there_and_back(monkeypatch):
+    carry = DigitsCase.carry
+
+    def rounded(self, state, source, target):
+        values = {name: x.astype(np.float16).astype(x.dtype) for name, x in state.parameters.items()}
+        return carry(self, replace(state, parameters=values), source, target)
+
+    monkeypatch.setattr(DigitsCase, "carry", rounded)
+    words = "p of 'conv1.weight' differs: held by a and held after the way to b and back"
+    assert relay(b=KerasForm).problem == words
 
 
 # Digits

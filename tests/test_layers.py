@@ -983,6 +983,34 @@ def test_every_layer_of_the_table_is_here():
                 assert names == here[row.name, framework], (row.name, framework)
 
 
+def test_statistics_carry_over():
+    """What batch normalization has gathered gives the same outputs in every framework that the table has."""
+    x = data(5, 4)
+    torch_layer = torch.nn.BatchNorm1d(4).double()
+    for _ in range(3):
+        torch_layer(torch.from_numpy(2 * data(8, 4) + 3))
+    held = {name: array.numpy() for name, array in torch_layer.named_buffers()}
+    assert held.pop(rows()["batch_norm"].forms["torch"].counter) == 3
+    statistics = rows()["batch_norm"].statistics
+    carried = {framework: convert(statistics, held, "torch", framework) for framework in statistics.forms}
+    keras_layer, nnx_layer = kl.BatchNormalization(epsilon=1e-5), nnx.BatchNorm(4, epsilon=1e-5, rngs=nnx.Rngs(0))
+    keras_layer.build(x.shape)
+    for variable in keras_layer.non_trainable_variables:
+        variable.assign(carried["keras"][variable.name])
+    nnx.update(nnx_layer, nnx.State({name: nnx.BatchStat(array) for name, array in carried["nnx"].items()}))
+    linen_layer = linen.BatchNorm(use_running_average=True, epsilon=1e-5)
+    params = {"scale": np.ones(4), "bias": np.zeros(4)}
+    outputs = {
+        "torch": torch_layer.eval()(torch.from_numpy(x)).detach().numpy(),
+        "keras": np.asarray(keras_layer(x, training=False)),
+        "nnx": nnx_layer(x, use_running_average=True),
+        "linen": linen_layer.apply({"params": params, "batch_stats": carried["linen"]}, x),
+    }
+    assert outputs.keys() == statistics.forms.keys()
+    for output in outputs.values():
+        np.testing.assert_allclose(output, outputs["torch"], rtol=1e-12, atol=1e-12)
+
+
 def test_the_page_for_readers_is_the_table():
     assert (Path(__file__).parent.parent / "docs" / "layouts.md").read_text() == markdown()
 

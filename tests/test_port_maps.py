@@ -314,7 +314,8 @@ def test_a_file_holds_all_of_a_map(tmp_path):
         ),
         (
             'source = "torch"\ntarget = "keras"\n[[layer]]\nrow = "x"\nsource = "a"\ntarget = "b"\n'
-            '[rows.x]\ntitle = "x"\n[rows.x.torch]\nlayer = "X"\nw = "OUT in"\n[rows.x.keras]\nlayer = "X"\nw = "v: in OUT"',
+            '[rows.x]\ntitle = "x"\n[rows.x.torch]\nlayer = "X"\nw = "OUT in"\n'
+            '[rows.x.keras]\nlayer = "X"\nw = "v: in OUT"',
             "PyTorch's layer has no 'v'",
         ),
     ],

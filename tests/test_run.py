@@ -1,4 +1,4 @@
-"""What is run, what is skipped, and what each way to fail counts as: refusals, groups, transplants, recorded files."""
+"""What is run, what is skipped, and what each way to fail counts as: refusals, groups, exchanges, recorded files."""
 
 import json
 import sys
@@ -15,8 +15,9 @@ from adamp_conformance import cli, protocol, runner
 from adamp_conformance.adapter import MOMENTS, State
 from adamp_conformance.adapters import recorded
 from adamp_conformance.adapters.oracle import OracleAdapter
-from adamp_conformance.implementations import recorded_by, resolve, select
-from adamp_conformance.modes import RUNS, Outcome, Problem, create, judge_refusal
+from adamp_conformance.cases import SEVERAL_STEPS
+from adamp_conformance.implementations import Implementation, recorded_by, resolve, select
+from adamp_conformance.modes import RUNS, WITH_OTHERS, Outcome, Problem, create, judge_refusal
 from adamp_conformance.results import EXIT_ADAPTER, EXIT_CONFORMS, EXIT_FAILED, exit_code
 from adamp_conformance.runner import Runner, catalogue, select_checks
 from adamp_conformance.vectors import load
@@ -222,7 +223,7 @@ def test_layouts_that_must_be_refused_are_skipped_too():
 def test_runs_with_other_layouts_are_skipped_too():
     found = results(First, text="adamp/run", dtypes=["float32"])
     assert {result.status for result in found.values()} == {"skipped"}
-    assert len(found) == len(RUNS)
+    assert {check.mode for check in found} == set(SEVERAL_STEPS)
 
 
 @pytest.mark.parametrize(
@@ -363,10 +364,11 @@ def test_single_checks_find_what_a_run_finds():
     assert found == {"channel": "passed", "layer": "errored", "none": "passed", "vector": "passed"}
 
 
-# Transplants
+# Exchanges with other implementations
 
 
-def test_states_come_from_ours_and_never_from_somebody_elses_or_oneself(monkeypatch, tmp_path):
+@pytest.mark.parametrize("mode", WITH_OTHERS)
+def test_states_come_from_ours_and_never_from_somebody_elses_or_oneself(monkeypatch, tmp_path, mode):
     sources = {}
 
     def record(bench):
@@ -377,14 +379,14 @@ def test_states_come_from_ours_and_never_from_somebody_elses_or_oneself(monkeypa
         def capabilities(self):
             return replace(super().capabilities(), name="foreign")
 
-    monkeypatch.setitem(RUNS, "transplant", record)
+    monkeypatch.setitem(RUNS, mode, record)
     write_answers(tmp_path / "answers", chosen=[ZEROS])
     chosen = [
         *resolve(Foreign),
         *select(["torch-eager", "adamp", "pytorch-optimizer"]),
         recorded_by(tmp_path / "answers"),
     ]
-    checks = select_checks(chosen, ["transplant"], ["float32"], "adamp/digits")
+    checks = select_checks(chosen, [mode], ["float32"], "adamp/digits")
     found = [pair for done in runner.run(checks, "cpu", jobs=1) for pair in done.results]
     assert {(check.implementation.recorded, result.status) for check, result in found} == {
         (False, "passed"),
@@ -399,10 +401,40 @@ def test_states_come_from_ours_and_never_from_somebody_elses_or_oneself(monkeypa
     }
 
 
-def test_alone_there_is_nobody_to_take_a_state_from():
-    checks = select_checks(select(["oracle"]), ["transplant"], ["float32"], "adamp/run")
+@pytest.mark.parametrize("mode", WITH_OTHERS)
+def test_alone_there_is_nobody_to_exchange_a_state_with(mode):
+    checks = select_checks(select(["oracle"]), [mode], ["float32"], "adamp/digits")
     ((_, result),) = [pair for done in runner.run(checks, "cpu", jobs=1) for pair in done.results]
-    assert (result.status, result.message) == ("skipped", "there is no other implementation to take a state from")
+    assert (result.status, result.message) == ("skipped", "there is no other implementation to exchange a state with")
+
+
+def test_the_frameworks_relay_in_every_order():
+    checks = select_checks(select(["torch-eager", "keras-eager", "optax-eager"]), ["relay"])
+    found = {check: result for done in runner.run(checks, "cpu", jobs=1) for check, result in done.results}
+    assert {(x.implementation.backend, x.case) for x in found} == {
+        (backend, case) for backend in ("torch", "keras", "optax") for case in ("adamp/digits", "sgdp/digits")
+    }
+    for result in found.values():
+        assert (result.status, result.message) == ("passed", "")
+        assert 0 < result.margin < 1
+
+
+def test_a_step_of_another_that_fails_in_a_relay_fails_the_relay_and_has_no_place_here():
+    """Its parameters have other names here."""
+
+    class Leaps(OracleAdapter):
+        def capabilities(self):
+            return replace(super().capabilities(), weights="keras")
+
+        def step(self, gradients):
+            super().step(gradients)
+            self.state.parameters["dense/bias"][0] += 1
+
+    ours = [Implementation(name, "", make, arguments=False, ours=True) for name, make in (("a", First), ("b", Leaps))]
+    checks = select_checks(ours[:1], ["relay"], text="adamp/digits")
+    ((_, result),) = runner._run_task(checks, ours, "cpu").results
+    assert (result.status, result.margin, result.element) == ("failed", None, None)
+    assert result.message.startswith("adopted from a by b: p of ")
 
 
 # Answers that were recorded elsewhere
