@@ -243,7 +243,7 @@ class _Trees:
         from adamp_jax._layouts import path_name
 
         def named(tree: Any) -> dict[str, tuple[int, ...]]:
-            return {path_name(key): tuple(x.shape) for key, x in jax.tree_util.tree_leaves_with_path(tree)}
+            return {path_name(key): np.shape(x) for key, x in jax.tree_util.tree_leaves_with_path(tree)}
 
         self.params, self.others = named(params), named(others)
         collections = dict.fromkeys(name.partition("/")[0] for name in self.others)  # such as batch_stats
@@ -263,6 +263,7 @@ def _inventory(
 ) -> Inventory:
     """Gives each tensor to the first layer that claims it."""
     left = dict.fromkeys(shapes)
+    owners: dict[str, int] = {}
     layers = []
     for path, patterns, layer, given in found:
         kind = given or _kind(framework, layer)
@@ -274,7 +275,14 @@ def _inventory(
                 tensors[name] = place
         if kind and tensors:
             layers.append(Layer(path, kind, tensors, _sizes(kind, layer), _rows(kind, layer)))
-    layers += [Layer(name, PARAMETER, {"": name}, {}) for name in left]
+        for pattern in patterns:
+            owners.setdefault(pattern.partition("*")[0], len(owners))
+
+    def owner(name: str) -> int:
+        """When the walk came to the module that has the tensor; by name, block_10 would come before block_2."""
+        return next((owners[name[:i]] for i in range(len(name), -1, -1) if name[:i] in owners), -1)
+
+    layers += [Layer(name, PARAMETER, {"": name}, {}) for name in sorted(left, key=owner)]
     return Inventory(framework, tuple(layers), dict(shapes), frozenset(trained))
 
 
