@@ -398,8 +398,8 @@ class ConcealsCount(Conceals):
         (loading(counts_one_more), "step 3 handed over by GIVER, 4 held by TAKER"),
         (loading(swaps_parameters), "p of 'SCALE' differs: handed over by GIVER and held by TAKER"),
         (loading(swaps_moments), "m of 'SCALE' differs: handed over by GIVER and held by TAKER"),
-        (ConcealsLoss, r"adopted from GIVER by TAKER: p of '.*' is off by .* times the bound at step STEP"),
-        (ConcealsCount, r"adopted from GIVER by TAKER: p of '.*' is off by .* times the bound at step STEP"),
+        (ConcealsLoss, r"adopted from GIVER by TAKER: p of '.*'\[.*\] is off by .* times the bound at step STEP"),
+        (ConcealsCount, r"adopted from GIVER by TAKER: p of '.*'\[.*\] is off by .* times the bound at step STEP"),
     ],
 )
 def test_a_relay_names_the_leg_that_fails(make, words):

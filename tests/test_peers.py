@@ -16,6 +16,7 @@ from adamp_conformance.adapter import DTYPES, MOMENTS, Parameter, State
 from adamp_conformance.adapters.peers import AdampAdapter, PytorchOptimizerAdapter, TimmAdapter, TorchOptimizerAdapter
 from adamp_conformance.adapters.torch import TorchAdapter
 from adamp_conformance.cases import DESIGNED
+from adamp_conformance.digits import DIGITS
 from adamp_conformance.modes import RUNS, Bench, Problem, create, judge_refusal, judge_vectors, walk
 from adamp_conformance.vectors import load
 from adamp_spec import Layout
@@ -384,25 +385,59 @@ def test_a_state_of_another_shape_is_noticed_when_the_step_is_under_way(peer):
 # Runs, over the tensors whose rows are the first axis.
 
 
-def bench(peer, id, dtype="float32"):
-    (case,) = (case for case in DESIGNED if case.id == id)
+def bench(make, id, dtype="float32", sources=None):
+    (case,) = (case for case in (*DESIGNED, *DIGITS) if case.id == id)
     case = replace(case, tensors={name: x for name, x in case.tensors.items() if x.layout == Layout()})
     problem = Problem(case, dtype, "torch")
-    return Bench(create(PEERS[peer], problem), problem, PEERS[peer], {})
+    return Bench(create(make, problem), problem, make, sources or {})
 
 
 @pytest.mark.parametrize("mode", ["resume", "purity"])
 @pytest.mark.parametrize("id", ["adamp/run", "sgdp/run"])
 @pytest.mark.parametrize("peer", PEERS)
 def test_they_resume_and_are_pure(peer, id, mode):
-    assert RUNS[mode](bench(peer, id)).problem is None
+    assert RUNS[mode](bench(PEERS[peer], id)).problem is None
 
 
 def test_runs():
     for peer in PEERS:
-        problems = {id: RUNS["shadow"](bench(peer, id)).problem for id in ("adamp/nesterov-run", "sgdp/run")}
+        problems = {id: RUNS["shadow"](bench(PEERS[peer], id)).problem for id in ("adamp/nesterov-run", "sgdp/run")}
         assert bool(problems["adamp/nesterov-run"]) == (peer in KOZISTR)
         assert bool(problems["sgdp/run"]) == (peer in PROJECT_THEIR_BUFFER)
+
+
+def relayed(peer, id):
+    """What is found where the peer hands over to ours and takes back, and where ours does so to the peer."""
+    theirs, ours = PEERS[peer], TorchAdapter
+    there, back = bench(theirs, id, sources={"ours": ours}), bench(ours, id, sources={"theirs": theirs})
+    return [RUNS["relay"](each).problem for each in (there._replace(name="theirs"), back._replace(name="ours"))]
+
+
+@pytest.mark.parametrize("id", ["adamp/digits", "adamp/run", "adamp/nesterov-run", "sgdp/digits"])
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if peer not in KOZISTR])
+def test_they_relay_with_ours(peer, id):
+    """A training goes from them to ours and back, and the other way round; that of `sgdp/digits` is with Nesterov."""
+    assert relayed(peer, id) == [None, None]
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_a_relay_without_nesterov_needs_the_same_momentum_buffer(peer):
+    """Those that project it relay with our `project_momentum=True`, the others with our default."""
+    projects = peer in PROJECT_THEIR_BUFFER
+    together, apart = ("projected-run", "run") if projects else ("run", "projected-run")
+    assert relayed(peer, f"sgdp/{together}") == [None, None]
+    alone, adopted = relayed(peer, f"sgdp/{apart}")
+    assert alone.startswith("m of 'dense'")  # their own first leg
+    assert adopted.startswith("adopted from ours by theirs: m of 'dense'")
+
+
+@pytest.mark.parametrize("peer", KOZISTR)
+def test_a_relay_of_adamp_shows_where_eps_stands(peer):
+    """The gradients of a real network are small enough for it. SGDP has no such eps."""
+    alone, adopted = relayed(peer, "adamp/digits")
+    assert alone.startswith("p of ")
+    assert adopted.startswith("adopted from ours by theirs: p of ")
+    assert relayed(peer, "sgdp/digits") == [None, None]
 
 
 # Outside the vectors.

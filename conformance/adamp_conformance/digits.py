@@ -111,7 +111,7 @@ class DigitsCase:
     purpose: str = "gradients of a real training run, weights in the framework's own form, layouts by its own defaults"
     clauses: tuple[str, ...] = ("LAYOUT-6", "LAYOUT-7", "STATE-1")
     dtypes: tuple[str, ...] = ("float32",)
-    modes: tuple[str, ...] = ("shadow", "transplant")
+    modes: tuple[str, ...] = ("shadow", "transplant", "relay")
     tensors: Mapping[str, Any] = field(default_factory=dict)
     exact: frozenset[str] = frozenset()
     step: int = 0

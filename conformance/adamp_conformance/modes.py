@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict
+from itertools import pairwise, permutations
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from adamp_conformance import refusals
 from adamp_conformance.adapter import DTYPES, MOMENTS, Adapter, Arrays, Parameter, State
+from adamp_conformance.implementations import ORACLE
 from adamp_conformance.judge import ALGORITHMS, Verdict, expected_outcomes, judge_step, worst_elements
 from adamp_conformance.protocol import ProtocolError
 from adamp_conformance.results import DRIFT_POINTS, Element
@@ -20,6 +22,7 @@ from adamp_spec import Branch, Layout
 Make = Callable[[], Adapter]
 
 TRANSPLANT_STEPS = 3
+RELAY_STEPS = 3  # of each leg
 _LAST_BITS = 1 + 2.0**-8  # a margin at which the frozen interval may be right against the oracle's own arithmetic
 
 
@@ -96,12 +99,14 @@ class Bench(NamedTuple):
       problem: the problem.
       make: makes a fresh adapter of the same implementation.
       sources: makes adapters of other implementations, by name, for states to be taken from.
+      name: of the implementation, as messages give it.
     """
 
     adapter: Adapter
     problem: Problem
     make: Make
     sources: Mapping[str, Make]
+    name: str = "this one"
 
 
 def create(make: Make, problem: Problem) -> Adapter:
@@ -325,27 +330,80 @@ def purity(bench: Bench) -> Outcome:
 
 def transplant(bench: Bench) -> Outcome:
     """State of each other implementation, mid-run, goes on in this one."""
-    target, problem = bench.adapter, bench.problem
-    outcomes = []
+
+    def legs() -> Iterator[Outcome]:
+        for other in _others(bench):
+            other.adapter.load(_copied(other.problem.initial()))
+            advance(other.adapter, other.problem, min(other.problem.case.steps // 2, 10))
+            yield _adopted(other, bench, TRANSPLANT_STEPS)
+
+    return _worst(legs(), f"no source of a state in {bench.problem.dtype}")
+
+
+def relay(bench: Bench) -> Outcome:
+    """This one begins, each of the others goes on in turn, and this one ends: in every order of the others.
+
+    A problem in any leg is one; the worst step is of this one's own. The oracle, which judges every leg, runs one only
+    where there is nobody else.
+    """
+    others = list(_others(bench))
+    others = [other for other in others if other.name != ORACLE.name] or others
+    return _worst(_legs(bench, others), f"nobody to hand over to in {bench.problem.dtype}")
+
+
+def _legs(bench: Bench, others: Sequence[Bench]) -> Iterator[Outcome]:
+    """What is found in the first leg, in each way there and back without a step, and in each leg of each order."""
+    if not others:
+        return
+    bench.adapter.load(_copied(bench.problem.initial()))
+    yield walk(bench.adapter, bench.problem, RELAY_STEPS)
+    start = _held(bench.adapter)
+    for other in others:
+        found = _handed_over(bench, other) or _handed_over(other, bench)
+        back = f"held after the way to {other.name} and back"
+        yield Outcome(None, found or _difference(f"held by {bench.name}", start, back, _held(bench.adapter)))
+    for order in permutations(others):
+        bench.adapter.load(_copied(start))
+        for giver, taker in pairwise((bench, *order, bench)):
+            outcome = _adopted(giver, taker, RELAY_STEPS)
+            yield outcome if taker is bench else Outcome(None, outcome.problem)
+
+
+def _others(bench: Bench) -> Iterator[Bench]:
+    """The other implementations that support the dtype, set up for the same case."""
     for name, make in bench.sources.items():
         capabilities = make().capabilities()
-        if problem.dtype not in capabilities.dtypes:
-            continue
-        there = problem._replace(weights=capabilities.weights)
-        source = create(make, there)
-        source.load(_copied(there.initial()))
-        handed = advance(source, there, min(problem.case.steps // 2, 10))
-        state = problem.case.carry(handed, there.weights, problem.weights)
-        target.load(_copied(state))
-        if found := _difference(f"handed over by {name}", state, "held", _held(target)):
-            return Outcome(None, found)
-        outcome = walk(target, problem, TRANSPLANT_STEPS)
+        if bench.problem.dtype in capabilities.dtypes:
+            problem = bench.problem._replace(weights=capabilities.weights)
+            yield Bench(create(make, problem), problem, make, {}, name)
+
+
+def _handed_over(giver: Bench, taker: Bench) -> str | None:
+    """Gives the state of one to another; where what that one then holds differs in its bits."""
+    state = giver.problem.case.carry(_held(giver.adapter), giver.problem.weights, taker.problem.weights)
+    taker.adapter.load(_copied(state))
+    return _difference(f"handed over by {giver.name}", state, f"held by {taker.name}", _held(taker.adapter))
+
+
+def _adopted(giver: Bench, taker: Bench, steps: int) -> Outcome:
+    """Gives the state of one to another, which takes judged steps from there."""
+    if found := _handed_over(giver, taker):
+        return Outcome(None, found)
+    outcome = walk(taker.adapter, taker.problem, steps)
+    if outcome.problem:
+        return outcome._replace(problem=f"adopted from {giver.name} by {taker.name}: {outcome.problem}")
+    return outcome
+
+
+def _worst(outcomes: Iterable[Outcome], nothing: str) -> Outcome:
+    """The first with a problem, after which no more are asked for, or else the widest margin; none is a problem too."""
+    worst = Outcome(None, nothing)
+    for outcome in outcomes:
         if outcome.problem:
-            return outcome._replace(problem=f"state handed over by {name}: {outcome.problem}")
-        outcomes.append(outcome)
-    if not outcomes:
-        return Outcome(None, f"no source of a state in {problem.dtype}")
-    return max(outcomes, key=lambda outcome: outcome.worst.verdict.margin if outcome.worst else 0.0)
+            return outcome
+        if worst.problem or _margin(outcome) > _margin(worst):
+            worst = outcome
+    return worst
 
 
 # What a case is run in; `step` (vectors) and `refuse` are judged by the functions above.
@@ -354,7 +412,9 @@ RUNS: dict[str, Callable[[Bench], Outcome]] = {
     "resume": resume,
     "purity": purity,
     "transplant": transplant,
+    "relay": relay,
 }
+WITH_OTHERS = ("transplant", "relay")  # those that exchange states with other implementations
 
 
 def _describe(step: Step) -> str | None:

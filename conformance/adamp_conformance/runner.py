@@ -16,7 +16,18 @@ from adamp_conformance.cases import DESIGNED, Case
 from adamp_conformance.digits import DIGITS, DigitsCase
 from adamp_conformance.implementations import IMPLEMENTATIONS, ORACLE, Implementation
 from adamp_conformance.judge import ALGORITHMS
-from adamp_conformance.modes import RUNS, Bench, Make, Outcome, Problem, create, judge_refusal, judge_vectors, shadow
+from adamp_conformance.modes import (
+    RUNS,
+    WITH_OTHERS,
+    Bench,
+    Make,
+    Outcome,
+    Problem,
+    create,
+    judge_refusal,
+    judge_vectors,
+    shadow,
+)
 from adamp_conformance.results import ERRORED, FAILED, PASSED, SKIPPED, Result
 from adamp_conformance.vectors import Group, Refusal, Vector, load
 from adamp_spec import Layout
@@ -234,8 +245,8 @@ def _unsupported(check: Check, capabilities: Capabilities, sources: dict[str, Ma
             return f"{capabilities.name} has no switch for {name}, which stands at {value}"
     if capabilities.layouts == "first" and any(layout != Layout() for layout in _layouts(check, problem)):
         return f"{capabilities.name} knows no rows but those along the first axis"
-    if check.mode == "transplant" and not sources:
-        return "there is no other implementation to take a state from"
+    if check.mode in WITH_OTHERS and not sources:
+        return "there is no other implementation to exchange a state with"
     return None
 
 
@@ -288,7 +299,7 @@ def _run_modes(
 
     @cache
     def bench() -> Bench:
-        return Bench(create(make, problem), problem, make, sources)
+        return Bench(create(make, problem), problem, make, sources, checks[0].implementation.name)
 
     for check in checks:
         started = time.perf_counter()
