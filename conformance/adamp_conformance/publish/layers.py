@@ -37,11 +37,10 @@ def markdown() -> str:
                 note = " ".join(word for word, names in words if name in names)
                 lines.append(f"{first} `{name}` | {made_of} | {_layout_text(row, pieces[0].axes)} | {note} |")
                 first = "| | |"
-            gathered = row.statistics.forms.get(framework) if row.statistics else None
-            for name, (piece,) in gathered.pieces.items() if gathered and row.statistics else ():
-                lines.append(
-                    f"| | | `{name}` | {_source(row.statistics, framework, piece)} | gathered, not trained | |"
-                )
+            if row.statistics and framework in row.statistics.forms:
+                for name, (piece,) in row.statistics.forms[framework].pieces.items():
+                    source = _source(row.statistics, framework, piece)
+                    lines.append(f"| | | `{name}` | {source} | gathered, not trained | |")
             if form.counter:
                 lines.append(f"| | | `{form.counter}` | counts batches | gathered, not trained | |")
             if form.order:
