@@ -76,7 +76,7 @@ def save_snapshot(
     entries = {name: Entry(place.group, int(state.count), place.layout) for name, place in places.items()}
     trees = {"parameter": params, **moments, "other": others}
     tensors = {
-        f"{kind}/{name}": snapshot.Tensor(_dtype(name, x), x.shape, functools.partial(np.asarray, x))
+        f"{kind}/{name}": snapshot.Tensor(_dtype(name, x), x.shape, functools.partial(_on_host, x))
         for kind, tree in trees.items()
         for name, x in _named(tree).items()
     }
@@ -98,8 +98,9 @@ def load_snapshot(
 
     Args:
       path: the file.
-      params, opt_state, others: trees of the same names, shapes and dtypes, whose values do not matter; what comes back
-        is sharded as they are.
+      params, opt_state, others: trees of the same names, shapes and dtypes, whose values do not matter:
+        `jax.eval_shape` of what makes them will do, and then the model is not in memory twice. What comes back is
+        sharded as they are.
       weight_decay_mask, layouts: as the transformation was given.
 
     Raises:
@@ -109,14 +110,13 @@ def load_snapshot(
     state, algorithm, moments = _find(params, opt_state)
     places = _places(params, moments, 1.0, weight_decay_mask, layouts)
     kept = {name: (_dtype(name, x), x.shape) for name, x in _named(others).items()}
-    with snapshot.opened(path, "flax") as (saved, tensors):
+    with snapshot.opened(path) as (saved, tensors):
         groups = saved.check_target(tensors, algorithm, places, kept)
         hyper, step = one_of_groups(groups), saved.common_step("Optax")
 
         def filled(kind: str, tree: Any) -> Any:
             def fill(key: Any, x: Any) -> Any:
-                value = tensors[f"{kind}/{path_name(key)}"].read()
-                return jax.device_put(value, x.sharding) if isinstance(x, jax.Array) else value
+                return jax.device_put(tensors[f"{kind}/{path_name(key)}"].read(), getattr(x, "sharding", None))
 
             return jax.tree_util.tree_map_with_path(fill, tree)
 
@@ -167,6 +167,13 @@ def _places(
         )
         for name, x in named.items()
     }
+
+
+def _on_host(x: Any) -> np.ndarray:
+    if isinstance(x, jax.Array):  # another array of the same memory: one that is read keeps its elements on the host
+        shards = [shard.data for shard in x.addressable_shards]
+        x = jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
+    return np.asarray(x)
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
-from keras.backend import standardize_dtype
+from keras.backend import backend, standardize_dtype
 
 from adamp_spec import AdamPHyper, SGDPHyper, snapshot
 from adamp_spec.snapshot import Entry, Hyper, Place, Snapshot, SnapshotError, decay_groups, dtype_name, one_of_groups
@@ -63,14 +63,14 @@ def load_snapshot(path: str | os.PathLike[str], model: keras.Model) -> None:
     optimizer, places, variables, others = _parts(model)
     algorithm, hyper = _hyperparameters(optimizer)
     kept = {name: (_dtype(name, x), tuple(x.shape)) for name, x in others.items()}
-    with snapshot.opened(path, "np") as (saved, tensors):
+    with snapshot.opened(path) as (saved, tensors):
         given, step = one_of_groups(saved.check_target(tensors, algorithm, places, kept)), saved.common_step("Keras")
         own = asdict(hyper) | {"lr": given.lr}
         if differing := {_SPELLING.get(name, name): x for name, x in asdict(given).items() if x != own[name]}:
             raise SnapshotError(f"the snapshot's optimizer has {differing}: compile the model with these")
         for kind, named in variables.items():
             for name, variable in named.items():
-                variable.assign(tensors[f"{kind}/{name}"].read())
+                variable.assign(_adopted(tensors[f"{kind}/{name}"].read()))
         for name, variable in others.items():
             variable.assign(tensors[f"other/{name}"].read())
         optimizer.iterations.assign(step)
@@ -129,9 +129,21 @@ def _hyperparameters(optimizer: ProjectedOptimizer) -> tuple[str, Hyper]:
 
 def _tensor(name: str, x: Any) -> snapshot.Tensor:
     def read() -> np.ndarray:
-        return np.asarray(ops.convert_to_numpy(x)).astype(np.dtype(standardize_dtype(x.dtype)), copy=False)
+        # convert_to_numpy copies. It is needed on torch, where NumPy knows neither bfloat16 nor devices.
+        on_host = ops.convert_to_numpy(x) if backend() == "torch" else np.asarray(ops.stop_gradient(x.value))
+        return on_host.astype(np.dtype(standardize_dtype(x.dtype)), copy=False)
 
     return snapshot.Tensor(_dtype(name, x), tuple(x.shape), read)
+
+
+def _adopted(x: np.ndarray) -> Any:
+    """An array that is nobody else's, as `assign` takes it without a copy of its own."""
+    if backend() != "tensorflow" or not x.size:
+        return x
+    import tensorflow as tf
+
+    bits = tf.experimental.dlpack.from_dlpack(x.view(f"u{x.itemsize}").__dlpack__())  # which has no bfloat16
+    return tf.bitcast(bits, x.dtype)
 
 
 def _dtype(name: str, x: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Buffer, Module, Parameter
 
 from adamp_spec import AdamPHyper, Layout, SGDPHyper, snapshot
 from adamp_spec.snapshot import MOMENTS, NUMPY, Entry, Hyper, Place, Snapshot
@@ -22,6 +22,7 @@ _NAMES = {
     dtype: NUMPY[str(dtype).removeprefix("torch.")]
     for dtype in (*DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 }
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 
 
 def save_snapshot(path: str | os.PathLike[str], model: Module, optimizer: ProjectedOptimizer) -> None:
@@ -75,21 +76,21 @@ def load_snapshot(path: str | os.PathLike[str], model: Module, optimizer: Projec
         for i, _, param, layout in _parameters(optimizer)
     }
     kept = {name: (_NAMES[x.dtype], tuple(x.shape)) for name, x in others.items()}
-    with snapshot.opened(path, "pt") as (saved, tensors):
+    with snapshot.opened(path) as (saved, tensors):
         for i, hyper in saved.check_target(tensors, algorithm, places, kept).items():
             _take_over(optimizer.param_groups[i], hyper)
         for _, group, param, _ in _parameters(optimizer):
             name = names[param]
-            param.copy_(tensors[f"parameter/{name}"].read())
+            _fill(param, tensors[f"parameter/{name}"])
             state = optimizer.state[param]
             state["step"] = step_tensor(saved.parameters[name].step, param, group)
             for kind, key in zip(MOMENTS[algorithm], optimizer.MOMENTS, strict=True):
-                moment = tensors[f"{kind}/{name}"].read()
-                if key not in state or state[key].dtype != moment.dtype:
-                    state[key] = torch.empty_like(param, dtype=moment.dtype)
-                state[key].copy_(moment)
+                moment = tensors[f"{kind}/{name}"]
+                if key not in state or _NAMES[state[key].dtype] != moment.dtype:
+                    state[key] = torch.empty_like(param, dtype=_DTYPES[moment.dtype])
+                _fill(state[key], moment)
         for name, x in others.items():
-            x.copy_(tensors[f"other/{name}"].read())
+            _fill(x, tensors[f"other/{name}"])
 
 
 def _parameters(optimizer: ProjectedOptimizer) -> Iterator[tuple[int, Group, Tensor, Layout]]:
@@ -144,3 +145,14 @@ def _tensor(name: str, x: Tensor) -> snapshot.Tensor:
         return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
     return snapshot.Tensor(_NAMES[x.dtype], tuple(x.shape), read)
+
+
+def _fill(x: Tensor, tensor: snapshot.Tensor) -> None:
+    """Reads a tensor's elements straight into its memory, or by way of the host's where they lie otherwise."""
+    direct = x.device.type == "cpu" and x.is_contiguous() and type(x) in (Tensor, Parameter, Buffer)
+    host = x.detach() if direct else torch.empty(x.shape, dtype=x.dtype)
+    tensor.read(host.reshape(-1).view(torch.uint8).numpy())
+    if direct:
+        torch.autograd.graph.increment_version(x)  # as an operation in place does
+    else:
+        x.copy_(host)

@@ -172,3 +172,23 @@ def test_a_parameter_may_be_called_count(tmp_path):
     save_snapshot(tmp_path / "x", params, state, AdamPHyper(lr=1e-2))
     back = load_snapshot(tmp_path / "x", params, tx.init(params))
     assert same((params, state), (back.params, back.opt_state))
+
+
+def test_shapes_suffice_to_load(tmp_path):
+    tx, params = transformation(ADAMP), start()
+    params, state = train(tx, params, tx.init(params))
+    given = {"weight_decay_mask": MASK, "layouts": LAYOUTS}
+    save_snapshot(tmp_path / "x", params, state, ADAMP, **given)
+    like = jax.eval_shape(lambda x: (x, tx.init(x)), params)
+    back = load_snapshot(tmp_path / "x", *like, **given)
+    assert same((params, state), (back.params, back.opt_state))
+    donated = jax.jit(lambda tree: jax.tree.map(lambda x: 2 * x, tree), donate_argnums=0)(back.params)
+    assert same(donated, jax.tree.map(lambda x: 2 * x, params))
+    assert same(params, load_snapshot(tmp_path / "x", *like, **given).params)
+
+
+def test_arrays_that_are_saved_keep_nothing_on_the_host(tmp_path):
+    params = start()
+    tx = transformation(ADAMP)
+    save_snapshot(tmp_path / "x", params, tx.init(params), ADAMP, weight_decay_mask=MASK, layouts=LAYOUTS)
+    assert all(x._npy_value is None for x in jax.tree.leaves(params))

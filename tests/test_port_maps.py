@@ -178,7 +178,7 @@ def test_half_precision_and_sgdp(tmp_path):
     there = Map("torch", "keras", (CONV,))
     convert_snapshot(tmp_path / "a", tmp_path / "b", there)
     convert_snapshot(tmp_path / "b", tmp_path / "c", there.reversed())
-    with snapshot.opened(tmp_path / "c", "np") as (_, returned):
+    with snapshot.opened(tmp_path / "c") as (_, returned):
         check_same(arrays(tensors), arrays(returned))
 
 

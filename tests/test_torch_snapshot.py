@@ -168,6 +168,30 @@ def test_a_header_of_any_length_is_read(extra, tmp_path):
         load_snapshot(tmp_path / "x", one, optimizer)
 
 
+def test_tensors_lie_in_memory_and_file_as_they_like(tmp_path):
+    """Odd sizes put the next ones at odd places of the file; strides and shared memory stay as they are."""
+    model = torch.nn.ParameterDict({"a": torch.randn(3, 1).bfloat16(), "b": torch.randn(5, 4).t(), "c": torch.randn(2)})
+    model.register_buffer("mask", torch.tensor([True, False, True]))
+    model.register_buffer("last", torch.tensor(7))
+    save_snapshot(tmp_path / "x", model, AdamP(model.named_parameters()))
+    fresh = copy.deepcopy(model)
+    optimizer = AdamP(fresh.named_parameters())
+    strides, whole = fresh["b"].stride(), torch.zeros(4)
+    fresh["c"].data = whole[1:3]
+    for x in fresh.state_dict().values():
+        x.zero_()
+    version = fresh["c"]._version
+    load_snapshot(tmp_path / "x", fresh, optimizer)
+    assert same(model.state_dict(), fresh.state_dict())
+    assert fresh["b"].stride() == strides != fresh["b"].contiguous().stride()
+    assert torch.equal(whole, torch.tensor([0, *model["c"].tolist(), 0]))
+    assert fresh["c"]._version > version  # autograd notices
+    with snapshot.opened(tmp_path / "x") as (_, tensors):
+        read = {name: x.read() for name, x in tensors.items() if x.dtype != "BF16"}
+    assert np.array_equal(read["parameter/b"], model["b"].detach())
+    assert (read["other/last"], *read["other/mask"]) == (7, True, False, True)
+
+
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -261,6 +285,25 @@ def test_a_damaged_file_changes_nothing(damage, trained, monkeypatch, tmp_path):
     damaging(path)
     refused(path, Network(), adamp, message)
     assert not os.path.exists("executed")
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(trained, monkeypatch):
+    _, _, path = trained(adamp)
+    with snapshot.opened(path) as (_, tensors):
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(SnapshotError, match="shorter"):
+            [x.read() for x in tensors.values()]
+    _, _, path = trained(adamp)
+    opening = snapshot.safe_open
+
+    def replaced(*arguments):
+        opened = opening(*arguments)
+        path.rename(path.with_name("old"))
+        path.write_bytes(path.with_name("old").read_bytes())
+        return opened
+
+    monkeypatch.setattr(snapshot, "safe_open", replaced)
+    refused(path, Network(), adamp, "was replaced")
 
 
 def refused(path, model, make, message):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +32,7 @@ NUMPY = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16
 SIZES = REAL | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 
 Hyper = AdamPHyper | SGDPHyper
+_BLOCK = 1 << 20  # bytes written or read at a time
 _HYPER: dict[str, type[Hyper]] = {"adamp": AdamPHyper, "sgdp": SGDPHyper}
 
 
@@ -255,12 +257,13 @@ class Tensor(NamedTuple):
     Attributes:
       dtype: as safetensors names it.
       shape: its shape.
-      read: gives its elements on the host, in row-major order; called when its turn comes.
+      read: gives its elements on the host, in row-major order; called when its turn comes. Of an opened file, it also
+        fills an array of bytes that it is given.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    read: Callable[[], Any]
+    read: Callable[..., Any]
 
 
 def write(path: str | os.PathLike[str], snapshot: Snapshot, tensors: Mapping[str, Tensor]) -> None:
@@ -290,7 +293,8 @@ def write(path: str | os.PathLike[str], snapshot: Snapshot, tensors: Mapping[str
                 start, end = header[name]["data_offsets"]
                 if data.size != end - start:
                     raise SnapshotError(f"{name} has {data.size} bytes, and {end - start} were announced")
-                file.write(data.data)
+                for begin in range(0, data.size, _BLOCK):
+                    file.write(data[begin : begin + _BLOCK].data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -299,42 +303,79 @@ def write(path: str | os.PathLike[str], snapshot: Snapshot, tensors: Mapping[str
 
 
 @contextmanager
-def opened(path: str | os.PathLike[str], framework: str) -> Iterator[tuple[Snapshot, dict[str, Tensor]]]:
+def opened(path: str | os.PathLike[str]) -> Iterator[tuple[Snapshot, dict[str, Tensor]]]:
     """A snapshot and its tensors by name, each of which is read from the file when it is asked for.
 
     Args:
       path: the file.
-      framework: whose tensors are wanted, as `safetensors.safe_open` names it: "pt", "flax", "np", ...
+
+    Yields:
+      The header and the tensors. Their `read` gives NumPy arrays in memory of their own, or fills the writable array of
+      bytes that it is given.
 
     Raises:
       SnapshotError: the file is no snapshot, or damaged.
       OSError: it cannot be read.
     """
-    try:
-        opened_file = safe_open(path, framework)
-    except SafetensorError as error:
-        with open(path, "rb") as file:
-            begin = file.read(2)
-        if begin in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
-            raise SnapshotError(
-                f"{os.fspath(path)!r} is a pickle or an archive, as torch.save writes, and may run code when loaded: "
-                "read it with torch.load(..., weights_only=True), load that into model and optimizer, save a snapshot"
-            ) from error
-        raise SnapshotError(f"{os.fspath(path)!r} is damaged or no safetensors file: {error}") from error
-    with opened_file as saved:
-        header = (saved.metadata() or {}).get(KEY)
-        if header is None:
-            raise SnapshotError(
-                f"{os.fspath(path)!r} is a safetensors file, but no snapshot: it lacks the header {KEY!r}"
-            )
-        slices = {name: saved.get_slice(name) for name in saved.keys()}  # noqa: SIM118 - no mapping
-        tensors = {
-            name: Tensor(x.get_dtype(), tuple(x.get_shape()), partial(saved.get_tensor, name))
-            for name, x in slices.items()
-        }
-        snapshot = Snapshot.from_json(header)
-        snapshot.check(tensors)
-        yield snapshot, tensors
+    shown = repr(os.fspath(path))
+    with open(path, "rb", buffering=0) as file:
+        try:
+            opened_file = safe_open(path, "np")
+        except SafetensorError as error:
+            if file.read(2) in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
+                raise SnapshotError(
+                    f"{shown} is a pickle or an archive, as torch.save writes, and may run code when loaded: read "
+                    "it with torch.load(..., weights_only=True), load that into model and optimizer, save a snapshot"
+                ) from error
+            raise SnapshotError(f"{shown} is damaged or no safetensors file: {error}") from error
+        with opened_file as saved:
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                raise SnapshotError(f"{shown} was replaced while it was opened: open it again")
+            header = (saved.metadata() or {}).get(KEY)
+            if header is None:
+                raise SnapshotError(f"{shown} is a safetensors file, but no snapshot: it lacks the header {KEY!r}")
+            slices = {name: saved.get_slice(name) for name in saved.keys()}  # noqa: SIM118 - no mapping
+            read = _reader(file)
+            tensors = {
+                name: Tensor(x.get_dtype(), tuple(x.get_shape()), partial(read, name)) for name, x in slices.items()
+            }
+            snapshot = Snapshot.from_json(header)
+            snapshot.check(tensors)
+            yield snapshot, tensors
+
+
+def _reader(file: FileIO) -> Callable[..., np.ndarray]:
+    """Reads tensors of a file that `safe_open` has found sound, each into memory of its own or of the caller's."""
+    begin = 8 + int.from_bytes(file.read(8), "little")
+    header = json.loads(file.read(begin - 8))
+
+    def read(name: str, into: np.ndarray | None = None) -> np.ndarray:
+        start, end = header[name]["data_offsets"]
+        data = _aligned(end - start) if into is None else into
+        file.seek(begin + start)
+        done = 0
+        while done < end - start:
+            count = file.readinto(data.data[done : done + _BLOCK])
+            if not count:
+                raise SnapshotError(f"{os.fspath(file.name)!r} has become shorter while it was read")
+            done += count
+        return data if into is not None else data.view(_numpy(header[name]["dtype"])).reshape(header[name]["shape"])
+
+    return read
+
+
+def _aligned(size: int) -> np.ndarray:
+    """New bytes at a multiple of 64, as TensorFlow and JAX want them, which then need no copy."""
+    data = np.empty(size + 64, np.uint8)
+    begin = -data.ctypes.data % 64
+    return data[begin : begin + size]
+
+
+def _numpy(dtype: str) -> np.dtype[Any]:
+    """NumPy's dtype of a name of safetensors."""
+    if dtype == "BF16":
+        import ml_dtypes  # noqa: F401 - registers the name; comes with JAX and TensorFlow
+    return np.dtype({x: name for name, x in NUMPY.items()}[dtype])
 
 
 _NEWER = "it was written by a newer adamp-parity: pip install --upgrade adamp-parity"

@@ -186,7 +186,7 @@ def convert_snapshot(source: str | os.PathLike[str], target: str | os.PathLike[s
       adamp_spec.snapshot.SnapshotError: the file is no snapshot, or damaged.
       OSError: a file cannot be read or written.
     """
-    with snapshot.opened(source, "np") as (given, tensors):
+    with snapshot.opened(source) as (given, tensors):
         snapshot.write(target, *map.apply(given, tensors))
 
 
