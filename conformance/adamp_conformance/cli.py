@@ -26,6 +26,7 @@ from adamp_conformance.implementations import IMPLEMENTATIONS, Implementation, r
 from adamp_conformance.judge import ALGORITHMS
 from adamp_conformance.lint import lint, regenerate
 from adamp_conformance.mutants import hunt, mutants
+from adamp_conformance.port import commands
 from adamp_conformance.publish import matrix, mutation
 from adamp_conformance.publish.words import notes, purposes
 from adamp_conformance.results import (
@@ -76,8 +77,10 @@ class _Main(click.Group):
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="adamp-parity", message=f"%(package)s %(version)s, specification {SPEC_VERSION}")
-def main() -> None:
-    """Checks that implementations of AdamP and SGDP take the steps that the specification defines."""
+@click.pass_context
+def main(context: click.Context) -> None:
+    """Checks that implementations of AdamP and SGDP take the steps that the specification defines; ports trainings."""
+    context.obj = console
     if (here := str(Path.cwd())) not in sys.path:  # an adapter may stand in the project's folder, as for python -m
         sys.path.insert(0, here)
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
@@ -373,6 +376,10 @@ def export_vectors(target: Path, language: str, dtypes: Sequence[str], chosen: S
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
     console.print(f"{count} vectors written to {target}", highlight=False)
+
+
+main.add_command(commands.map_models)
+main.add_command(commands.port)
 
 
 def _words(chosen: Sequence[str]) -> str:

@@ -1,0 +1,518 @@
+"""Trainings: a model and its optimizer as a setup function makes them, their checkpoints, and their snapshots.
+
+A setup function takes no arguments and returns
+
+- in PyTorch `(model, optimizer)`;
+- in Keras a model that is built and compiled;
+- in Optax an `OptaxTraining`.
+
+```python
+training = training_of(setup())
+training.read("step_1000.pt")
+training.save_snapshot("step_1000.safetensors")
+```
+
+No framework is imported before a training of it is there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import secrets
+import shutil
+import warnings
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from adamp_conformance.port import inventory
+from adamp_conformance.port.inventory import Inventory
+from adamp_spec.snapshot import Hyper, SnapshotError
+
+SNAPSHOT = ".safetensors"  # what a snapshot's name ends with, whatever the framework
+
+
+class CheckpointError(ValueError):
+    """A file that is no checkpoint, is damaged, might run code, or does not fit the training."""
+
+
+class OptaxTraining(NamedTuple):
+    """What a setup function for Optax returns.
+
+    Attributes:
+      model: a module of Flax (Linen or NNX) or Equinox, or a transformed function of Haiku.
+      params, opt_state: trees of the parameters and of the optimizer's state.
+      hyperparameters: an :class:`adamp_spec.AdamPHyper` or `SGDPHyper` with what the transformation was made with.
+      inputs: arguments to call the model with, for Linen and Haiku, whose layers are known only then.
+      layouts, weight_decay_mask: as the transformation was given.
+      others: what the model holds besides: name -> tree, such as `{"batch_stats": ...}`.
+    """
+
+    model: Any
+    params: Any
+    opt_state: Any
+    hyperparameters: Hyper
+    inputs: tuple[Any, ...] = ()
+    layouts: Any = None
+    weight_decay_mask: Any = None
+    others: Mapping[str, Any] | None = None
+
+
+class Training(ABC):
+    """A model and its optimizer.
+
+    Attributes:
+      made: what the setup function returned; in Optax, what is read or loaded replaces it.
+      framework: one of `adamp_conformance.layers.FRAMEWORKS`.
+      suffixes: what the framework's own checkpoints end with; "" is a folder.
+    """
+
+    made: Any
+    framework: str
+    suffixes: tuple[str, ...]
+
+    @abstractmethod
+    def inventory(self) -> Inventory:
+        """The model's layers."""
+
+    @abstractmethod
+    def save_snapshot(self, path: str | os.PathLike[str]) -> None:
+        """Writes a snapshot; raises as the backend's `save_snapshot`."""
+
+    @abstractmethod
+    def load_snapshot(self, path: str | os.PathLike[str]) -> None:
+        """Loads a snapshot; raises as the backend's `load_snapshot`."""
+
+    def read(self, path: str | os.PathLike[str]) -> None:
+        """Loads a checkpoint or, by its suffix, a snapshot. Nothing in it is executed.
+
+        A checkpoint that is refused may have been loaded in part: make the training anew.
+
+        Raises:
+          CheckpointError, SnapshotError: the file is none, is damaged, or does not fit.
+          ModuleNotFoundError: a library that reads it is not installed.
+          OSError: it cannot be read.
+        """
+        path = Path(path)
+        if path.suffix == SNAPSHOT:
+            self.load_snapshot(path)
+            return
+        self.check_suffix(path)
+        if not path.exists():
+            raise FileNotFoundError(f"there is no {os.fspath(path)!r}")
+        self._read(path)
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """Writes a checkpoint or, by its suffix, a snapshot; it is there whole or not at all.
+
+        Raises:
+          CheckpointError: the framework has no checkpoints of this suffix.
+          ModuleNotFoundError: a library that writes it is not installed.
+          OSError: it cannot be written; what was there before stays.
+        """
+        path = Path(path)
+        if path.suffix == SNAPSHOT:
+            self.save_snapshot(path)
+            return
+        self.check_suffix(path)
+        with _replacing(path) as temporary:
+            self._write(temporary)
+
+    @abstractmethod
+    def _read(self, path: Path) -> None: ...
+
+    @abstractmethod
+    def _write(self, path: Path) -> None: ...
+
+    def check_suffix(self, path: Path) -> None:
+        """Raises CheckpointError unless the framework has checkpoints of this suffix."""
+        if path.suffix not in (SNAPSHOT, *self.suffixes) and not ("" in self.suffixes and path.is_dir()):
+            known = ", ".join([suffix or "a folder (Orbax)" for suffix in self.suffixes])
+            raise CheckpointError(
+                f"{os.fspath(path)!r} is no checkpoint of {self.framework}, which are {known}; any framework has "
+                f"snapshots, {SNAPSHOT}"
+            )
+
+
+def training_of(made: Any) -> Training:
+    """A training from what a setup function returned.
+
+    Raises:
+      TypeError: it is nothing that a setup function is to return.
+    """
+    if isinstance(made, OptaxTraining):
+        return _Optax(made)
+    if isinstance(made, tuple) and len(made) == 2 and _is_of("torch", made[0]):
+        return _Torch(*made)
+    if _is_of("keras", made):
+        return _Keras(made)
+    raise TypeError(
+        f"the setup function returned {made!r:.100}; it must return (model, optimizer) in PyTorch, a compiled model in "
+        "Keras, an adamp_conformance.port.trainings.OptaxTraining in Optax"
+    )
+
+
+class _Torch(Training):
+    framework = "torch"
+    suffixes = (".pt", ".pth", ".ckpt")
+
+    def __init__(self, model: Any, optimizer: Any) -> None:
+        self.made = self.model, self.optimizer = model, optimizer
+
+    def inventory(self) -> Inventory:
+        optimized = {id(param) for group in self.optimizer.param_groups for param in group["params"]}
+        trained = [name for name, param in self.model.named_parameters() if id(param) in optimized]
+        return inventory.torch_inventory(self.model, trained)
+
+    def save_snapshot(self, path: str | os.PathLike[str]) -> None:
+        import adamp_torch
+
+        adamp_torch.save_snapshot(path, self.model, self.optimizer)
+
+    def load_snapshot(self, path: str | os.PathLike[str]) -> None:
+        import adamp_torch
+
+        adamp_torch.load_snapshot(path, self.model, self.optimizer)
+
+    def _read(self, path: Path) -> None:
+        with _refusing(path):
+            parts = dict(_torch_parts(_torch_load(path)))
+            states = {place: x for place, x in parts.items() if set(x) >= _OPTIMIZER}
+            weights = _of_model({place: x for place, x in parts.items() if place not in states}, self.model)
+            self.model.load_state_dict(_only("tensors of the model", weights))
+            self.optimizer.load_state_dict(_only("states of an optimizer", states))
+
+    def _write(self, path: Path) -> None:
+        import torch
+
+        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, path)
+
+
+class _Keras(Training):
+    framework = "keras"
+    suffixes = (".keras",)
+
+    def __init__(self, model: Any) -> None:
+        self.made = self.model = model
+
+    def inventory(self) -> Inventory:
+        return inventory.keras_inventory(self.model)
+
+    def save_snapshot(self, path: str | os.PathLike[str]) -> None:
+        import adamp_tf
+
+        adamp_tf.save_snapshot(path, self.model)
+
+    def load_snapshot(self, path: str | os.PathLike[str]) -> None:
+        import adamp_tf
+
+        adamp_tf.load_snapshot(path, self.model)
+
+    def _read(self, path: Path) -> None:
+        # Its weights alone, those of the optimizer among them: the file's own model would need its custom classes,
+        # which are code, and would give its variables other paths.
+        import keras
+
+        with _refusing(path), warnings.catch_warnings():
+            with zipfile.ZipFile(path) as archive:
+                compiled = json.loads(archive.read("config.json")).get("compile_config") or {}
+            saved, own = compiled.get("optimizer"), keras.saving.serialize_keras_object(self.model.optimizer)
+            if saved is not None and (differing := _differing(saved, json.loads(json.dumps(own)))):
+                raise ValueError(f"its optimizer has {differing}; compile the model of the setup function with these")
+            if not self.model.optimizer.built:
+                self.model.optimizer.build(self.model.trainable_variables)
+            warnings.filterwarnings("error", message="Skipping variable loading")
+            self.model.load_weights(path)
+
+    def _write(self, path: Path) -> None:
+        self.model.save(path)
+
+
+_LIBRARIES = {"linen": "flax.linen", "nnx": "flax.nnx", "equinox": "equinox", "haiku": "haiku"}
+_WALKS: dict[str, Callable[..., Inventory]] = {
+    "linen": inventory.linen_inventory,
+    "nnx": inventory.nnx_inventory,
+    "equinox": inventory.equinox_inventory,
+    "haiku": inventory.haiku_inventory,
+}
+_CALLED = ("linen", "haiku")  # their layers are known when the model is called
+
+
+class _Optax(Training):
+    suffixes = (".msgpack", "")
+
+    def __init__(self, made: OptaxTraining) -> None:
+        self.made = made
+        found = [framework for framework, module in _LIBRARIES.items() if _is_of(module, made.model)]
+        if not found:
+            known = ", ".join(_LIBRARIES.values())
+            raise TypeError(f"the model of an OptaxTraining is of one of {known}, and not {made.model!r:.100}")
+        (self.framework,) = found
+
+    def inventory(self) -> Inventory:
+        walk, model, trees = _WALKS[self.framework], self.made.model, (self.made.params, self.made.others)
+        return walk(model, *trees, self.made.inputs) if self.framework in _CALLED else walk(model, *trees)
+
+    def save_snapshot(self, path: str | os.PathLike[str]) -> None:
+        import adamp_jax
+
+        adamp_jax.save_snapshot(
+            path,
+            self.made.params,
+            self.made.opt_state,
+            self.made.hyperparameters,
+            weight_decay_mask=self.made.weight_decay_mask,
+            layouts=self.made.layouts,
+            others=self.made.others,
+        )
+
+    def load_snapshot(self, path: str | os.PathLike[str]) -> None:
+        import adamp_jax
+
+        restored = adamp_jax.load_snapshot(
+            path,
+            self.made.params,
+            self.made.opt_state,
+            weight_decay_mask=self.made.weight_decay_mask,
+            layouts=self.made.layouts,
+            others=self.made.others,
+        )
+        given, own = asdict(restored.hyperparameters), asdict(self.made.hyperparameters)
+        if differing := {name: x for name, x in given.items() if x != own[name] and name != "lr"}:
+            raise SnapshotError(f"the snapshot's optimizer has {differing}: make the transformation with these")
+        self.made = self.made._replace(**restored._asdict())
+
+    def _read(self, path: Path) -> None:
+        with _refusing(path):
+            stored = _orbax_restored(path) if path.is_dir() else _flax().msgpack_restore(path.read_bytes())
+            trees = self._trees()
+            if missing := [name for name in trees if name not in stored]:
+                raise ValueError(f"it lacks {missing}; it must hold {list(trees)}, and holds {list(stored)}")
+            params, state, *others = (_filled(name, tree, stored[name]) for name, tree in trees.items())
+        kept = dict(zip(self.made.others or (), others, strict=True))
+        self.made = self.made._replace(params=params, opt_state=state, others=kept or None)
+
+    def _write(self, path: Path) -> None:
+        if path.suffix == ".msgpack":
+            path.write_bytes(_flax().msgpack_serialize(_nested(self._trees())))
+        else:
+            with _orbax().StandardCheckpointer() as checkpointer:
+                checkpointer.save(path.absolute(), self._trees())
+
+    def _trees(self) -> dict[str, Any]:
+        """The parts of a checkpoint."""
+        return {"params": self.made.params, "opt_state": self.made.opt_state} | dict(self.made.others or {})
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Whatever a library says of a file that it cannot load, in one error."""
+    try:
+        yield
+    except (CheckpointError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        detail = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{os.fspath(path)!r} is damaged or does not fit the training: {detail}") from error
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A new name beside `path`, of the same suffix; what is written there takes its place, unless an error comes.
+
+    Raises:
+      FileExistsError: `path` is a folder, and no checkpoint.
+    """
+    if path.is_dir() and not (path / "_METADATA").exists():
+        raise FileExistsError(f"{os.fspath(path)!r} is a folder and no checkpoint of Orbax, and is not replaced")
+    temporary, old = (path.with_name(f".{secrets.token_hex(8)}.{path.name}") for _ in range(2))
+    try:
+        yield temporary
+        if temporary.is_file():
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+        if path.is_dir():  # which nothing can replace in one move
+            os.replace(path, old)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+    finally:
+        for leftover in (temporary, old):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            leftover.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------ PyTorch
+
+_OPTIMIZER = {"state", "param_groups"}  # what an optimizer's state has
+
+
+def _torch_load(path: Path) -> Any:
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{os.fspath(path)!r} holds {named[1] if named else 'something'} beside tensors and plain values; making "
+            "it would run code from the file, and none was run. If you trust its origin, load it in your own code and "
+            'save torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)'
+        ) from error
+
+
+def _torch_parts(found: Any, place: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """All dictionaries of tensors and all optimizers' states in a checkpoint, by where they are."""
+    from torch import Tensor
+
+    if isinstance(found, Mapping):
+        if set(found) >= _OPTIMIZER or (found and all(isinstance(x, Tensor) for x in found.values())):
+            yield place or "the file", found
+        else:
+            for key, x in found.items():
+                yield from _torch_parts(x, f"{place}[{key!r}]")
+    elif isinstance(found, list | tuple):
+        for i, x in enumerate(found):
+            yield from _torch_parts(x, f"{place}[{i}]")
+
+
+def _of_model(parts: Mapping[str, Mapping[str, Any]], model: Any) -> dict[str, dict[str, Any]]:
+    """Those that have the model's tensors and no others, all under one prefix, such as DataParallel's `module.`."""
+    names = set(model.state_dict())
+    last = max(names)
+    fitting = {}
+    for place, tensors in parts.items():
+        for prefix in {key.removesuffix(last) for key in tensors if key.endswith(last)}:
+            if {prefix + name for name in names} == set(tensors):
+                fitting[place] = {name: tensors[prefix + name] for name in names}
+    if parts and not fitting:
+        closest = max(parts.values(), key=lambda x: len(names & set(x)))
+        raise ValueError(
+            f"its tensors are not the model's: it lacks {sorted(names - set(closest))}, and has "
+            f"{sorted(set(closest) - names)} that the model has not"
+        )
+    return fitting
+
+
+def _only(what: str, found: Mapping[str, Any]) -> Any:
+    if len(found) != 1:
+        raise ValueError(
+            f"it must hold the {what} once, and holds them {len(found)} times: {', '.join(found) or 'nowhere'}; save "
+            'torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, path)'
+        )
+    (value,) = found.values()
+    return value
+
+
+# ------------------------------------------------------------------------------------------------ Keras
+
+
+def _differing(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer's configuration says otherwise than that of another, if it matters to a step."""
+    while inner := saved["config"].get("inner_optimizer"):
+        saved = inner
+    while inner := own["config"].get("inner_optimizer"):
+        own = inner
+    apart = ("name", "learning_rate", "variables")  # the rate is among the weights
+    differing = {key: x for key, x in saved["config"].items() if key not in apart and x != own["config"].get(key)}
+    return differing | ({} if saved["class_name"] == own["class_name"] else {"class": saved["class_name"]})
+
+
+# ------------------------------------------------------------------------------------------------ Optax
+
+
+def _flax() -> Any:
+    try:
+        from flax import serialization
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"checkpoints of Flax (.msgpack) need flax: pip install flax ({error})") from error
+    return serialization
+
+
+def _orbax() -> Any:
+    try:
+        import orbax.checkpoint  # type: ignore[import-untyped]
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"checkpoints of Orbax need it: pip install orbax-checkpoint ({error})") from error
+    return orbax.checkpoint
+
+
+def _orbax_restored(path: Path) -> Any:
+    """What a folder of Orbax holds, in NumPy arrays: not on the devices where it was saved."""
+    import jax
+    import numpy as np
+
+    orbax = _orbax()
+    with orbax.PyTreeCheckpointer() as checkpointer:
+        known = checkpointer.metadata(path.absolute()).item_metadata.tree
+        how = jax.tree.map(lambda _: orbax.RestoreArgs(restore_type=np.ndarray), known)
+        return checkpointer.restore(path.absolute(), restore_args=how)
+
+
+def _keys(path: Sequence[Any]) -> tuple[str, ...]:
+    """A leaf's path, without the box that Flax puts around a variable."""
+    import jax
+
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def _nested(tree: Any) -> dict[str, Any]:
+    """A tree of whatever nodes as dictionaries alone, as `flax.serialization.to_state_dict` has those that it knows."""
+    import jax
+
+    nested: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not jax.tree.leaves(x)):
+        *outer, last = _keys(path)
+        node = nested
+        for key in outer:
+            node = node.setdefault(key, {})
+        node[last] = leaf if leaf is None or jax.tree.leaves(leaf) else {}
+    return nested
+
+
+def _filled(name: str, tree: Any, stored: Any) -> Any:
+    """A tree like `tree` of what a checkpoint holds under `name`."""
+    import jax
+    import numpy as np
+
+    held = {_keys(path): x for path, x in jax.tree_util.tree_leaves_with_path(stored)}
+
+    def fill(path: Any, x: Any) -> Any:
+        keys = _keys(path)
+        place = "/".join((name, *keys))
+        value = held.pop(keys, None)
+        if value is None:
+            value = held.pop((*keys, "value"), None)  # of Flax's box
+        if value is None:
+            raise ValueError(f"it lacks {place!r}")
+        value, like = np.asarray(value), x if isinstance(x, jax.Array) else np.asarray(x)
+        if (value.shape, value.dtype) != (like.shape, like.dtype):
+            raise ValueError(
+                f"{place!r} is {value.dtype} {value.shape} in it, {like.dtype} {like.shape} in the training"
+            )
+        return jax.device_put(value, x.sharding) if isinstance(x, jax.Array) else value
+
+    filled = jax.tree_util.tree_map_with_path(fill, tree)
+    if held:
+        raise ValueError(f"it has {sorted('/'.join((name, *keys)) for keys in held)}, and the training has not")
+    return filled
+
+
+def _is_of(module: str, x: Any) -> bool:
+    return any(f"{each.__module__}.".startswith(f"{module}.") for each in type(x).__mro__)

@@ -1,0 +1,671 @@
+"""`adamp-parity map` and `port`: every format to every framework and back, and what is refused."""
+
+import filecmp
+import json
+import re
+import shutil
+import subprocess
+import sys
+from itertools import permutations
+from pathlib import Path
+
+import equinox as eqx
+import haiku as hk
+import jax
+import keras
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from flax import linen, nnx, serialization
+from safetensors.numpy import load_file
+
+import adamp_jax
+import adamp_tf
+import adamp_torch
+from adamp_conformance.cli import main
+from adamp_conformance.port.maps import Map, convert_snapshot
+from adamp_conformance.port.trainings import CheckpointError, OptaxTraining, training_of
+from adamp_spec import AdamPHyper
+
+HYPER = AdamPHyper(lr=0.0625, weight_decay=0.1, nesterov=True)  # a rate that float32 has, which Keras keeps it in
+IMAGES = np.random.default_rng(0).standard_normal((8, 4, 4, 3), np.float32)
+
+
+# ------------------------------------------------------------------------------------------------ setup functions
+
+
+class TorchNet(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 5, 3)
+        self.norm = torch.nn.BatchNorm2d(5, eps=1e-3)
+        self.head = torch.nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head(self.norm(self.conv(x)).mean((2, 3)))
+
+
+def in_torch():
+    torch.manual_seed(1)
+    model = TorchNet()
+    return model, adamp_torch.AdamP(model.parameters(), lr=HYPER.lr, weight_decay=0.1, nesterov=True)
+
+
+def in_keras():
+    inputs = keras.Input((4, 4, 3))
+    x = keras.layers.Conv2D(5, 3, name="conv")(inputs)
+    x = keras.layers.BatchNormalization(name="norm")(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    model = keras.Model(inputs, keras.layers.Dense(2, name="head")(x))
+    model.compile(adamp_tf.AdamP(HYPER.lr, weight_decay=0.1, nesterov=True), "mse")
+    return model
+
+
+class LinenNet(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Conv(5, (3, 3), padding="VALID", name="conv")(x)
+        x = linen.BatchNorm(use_running_average=True, epsilon=1e-3, name="norm")(x)
+        return linen.Dense(2, name="head")(x.mean((1, 2)))
+
+
+class NnxNet(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 5, (3, 3), padding="VALID", rngs=rngs)
+        self.norm = nnx.BatchNorm(5, use_running_average=True, epsilon=1e-3, rngs=rngs)
+        self.head = nnx.Linear(5, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.norm(self.conv(x)).mean((1, 2)))
+
+
+def optax_training(model, params, others, inputs=()):
+    tx = adamp_jax.adamp(HYPER.lr, weight_decay=0.1, nesterov=True)
+    return OptaxTraining(model, params, tx.init(params), HYPER, inputs, others=others)
+
+
+def in_linen():
+    model = LinenNet()
+    variables = model.init(jax.random.key(0), IMAGES)
+    return optax_training(model, variables["params"], {"batch_stats": variables["batch_stats"]}, (IMAGES,))
+
+
+def in_nnx():
+    model = NnxNet(nnx.Rngs(0))
+    return optax_training(model, nnx.state(model, nnx.Param), {"batch_stats": nnx.state(model, nnx.BatchStat)})
+
+
+FORMATS = {  # file -> its setup function
+    "torch.pt": in_torch,
+    "keras.keras": in_keras,
+    "linen.msgpack": in_linen,
+    "nnx": in_nnx,
+}
+
+
+def predicted(training):
+    if training.framework == "torch":
+        with torch.no_grad():
+            return training.model.eval()(torch.tensor(IMAGES).permute(0, 3, 1, 2)).numpy()
+    if training.framework == "keras":
+        return np.asarray(training.model(IMAGES, training=False))
+    made = training.made
+    if training.framework == "linen":
+        return made.model.apply({"params": made.params, **made.others}, IMAGES)
+    nnx.update(made.model, made.params, made.others["batch_stats"])
+    return made.model(IMAGES)
+
+
+# ------------------------------------------------------------------------------------------------ what tests share
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    """A checkpoint of each format after three steps, and its snapshot; statistics are what no fresh model has."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    model, optimizer = in_torch()
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.tensor(IMAGES).permute(0, 3, 1, 2)).square().mean().backward()
+        optimizer.step()
+    training = training_of((model, optimizer))
+    training.write(folder / "torch.pt")
+    training.save_snapshot(folder / "torch.pt.safetensors")
+    for name in ("keras.keras", "linen.msgpack", "nnx"):
+        done = port(folder / "torch.pt", folder / name)
+        assert done.exit_code == 0, done.output
+        training = training_of(FORMATS[name]())
+        training.read(folder / name)
+        training.save_snapshot(folder / f"{name}.safetensors")
+    return folder
+
+
+@pytest.fixture
+def target(tmp_path):
+    """A file that must stay what it is."""
+    folder = tmp_path / "target"
+    folder.mkdir()
+    path = folder / "target.keras"
+    path.write_text("what was there")
+    return path
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(x) for x in arguments])
+
+
+def setup_of(path):
+    return f"{__name__}:{FORMATS[Path(path).name].__name__}"
+
+
+def port(source, target, *more):
+    return run("port", source, target, "--from", setup_of(source), "--to", setup_of(target), *more)
+
+
+def refused(result, message, target=None):
+    """Whether the command refused with a message, and left its target alone."""
+    assert result.exit_code == 1, (result.output, result.exception)
+    assert message in result.output
+    if target is not None:
+        assert [x.name for x in target.parent.iterdir()] == [target.name]
+        assert target.read_text() == "what was there"
+
+
+def to_keras(source, target, *more, made=in_torch):
+    made = f"{__name__}:{made.__name__}"
+    return run("port", source, target, "--from", made, "--to", f"{__name__}:in_keras", "--force", *more)
+
+
+def edited(source, target, edit):
+    """A snapshot with another header."""
+    data = source.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    edit(header)
+    text = json.dumps(header).encode()
+    target.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    return target
+
+
+# ------------------------------------------------------------------------------------------------ carried over
+
+
+@pytest.mark.parametrize(("here", "there"), list(permutations(FORMATS, 2)))
+def test_every_format_goes_over_and_back(here, there, checkpoints, tmp_path):
+    assert port(checkpoints / here, tmp_path / there).exit_code == 0
+    source, target = training_of(FORMATS[here]()), training_of(FORMATS[there]())
+    source.read(checkpoints / here)
+    target.read(tmp_path / there)
+    np.testing.assert_allclose(predicted(target), predicted(source), rtol=1e-5, atol=1e-6)
+
+    (tmp_path / "back").mkdir()
+    assert port(tmp_path / there, tmp_path / "back" / here).exit_code == 0
+    back = training_of(FORMATS[here]())
+    back.read(tmp_path / "back" / here)
+    back.save_snapshot(tmp_path / "back.safetensors")
+    assert filecmp.cmp(tmp_path / "back.safetensors", checkpoints / f"{here}.safetensors", shallow=False)
+
+
+def test_moments_go_where_their_parameters_go(checkpoints, tmp_path):
+    assert port(checkpoints / "torch.pt", tmp_path / "keras.keras").exit_code == 0
+    training = training_of(in_keras())
+    training.read(tmp_path / "keras.keras")
+    state = torch.load(checkpoints / "torch.pt")["optimizer"]["state"][0]  # of the convolution's kernel
+    optimizer = training.model.optimizer
+    for slots, name in ((optimizer._momentums, "exp_avg"), (optimizer._velocities, "exp_avg_sq")):
+        assert np.any(slots[0])
+        np.testing.assert_array_equal(slots[0], state[name].permute(2, 3, 1, 0))
+    assert int(optimizer.iterations) == 3
+
+
+def test_snapshots_and_a_map_need_no_setup_functions(checkpoints, tmp_path):
+    written = run("map", f"{__name__}:in_torch", f"{__name__}:in_keras", "-o", tmp_path / "map.toml")
+    assert written.exit_code == 0
+    assert "conv.weight (5, 3, 3, 3)" in written.output
+    assert "conv/kernel (3, 3, 3, 5)" in written.output
+    source, there, back = checkpoints / "torch.pt.safetensors", tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    assert run("port", source, there, "--map", tmp_path / "map.toml").exit_code == 0
+    wanted = load_file(checkpoints / "keras.keras.safetensors")
+    assert {x: y.tobytes() for x, y in load_file(there).items()} == {x: y.tobytes() for x, y in wanted.items()}
+    convert_snapshot(source, back, Map.read(tmp_path / "map.toml"))
+    assert filecmp.cmp(back, there, shallow=False)
+    assert run("port", there, back, "--map", tmp_path / "map.toml", "--force").exit_code == 0  # the way back
+    assert {x: y.tobytes() for x, y in load_file(back).items()} == {
+        x: y.tobytes() for x, y in load_file(source).items()
+    }
+    done = run("port", there, tmp_path / "torch.pt", "--map", tmp_path / "map.toml", "--to", f"{__name__}:in_torch")
+    assert done.exit_code == 0
+    training = training_of(in_torch())
+    training.read(tmp_path / "torch.pt")
+    training.write(back)
+    assert filecmp.cmp(back, source, shallow=False)
+    training = training_of(in_torch())
+    training.read(back)
+    training.write(tmp_path / "c.safetensors")
+    assert filecmp.cmp(tmp_path / "c.safetensors", source, shallow=False)
+
+
+def test_a_dry_run_shows_all_and_writes_nothing(checkpoints, target):
+    shown = to_keras(checkpoints / "torch.pt", target, "--dry-run")
+    assert shown.exit_code == 0
+    line = next(x for x in shown.output.splitlines() if "conv.weight" in x)
+    assert [x.strip() for x in line.strip("│").split("│")] == [
+        "conv.weight (5, 3, 3, 3)",
+        "conv",
+        "conv/kernel (3, 3, 3, 5)",
+        "F32 F32 F32",
+        "Layout(channel=3)",
+        "3",
+    ]
+    assert "norm/moving_variance (5,)" in shown.output
+    assert [x.name for x in target.parent.iterdir()] == [target.name]
+    assert target.read_text() == "what was there"
+
+
+def test_a_checkpoint_is_replaced_with_force_only(checkpoints, tmp_path):
+    for name in ("keras.keras", "nnx"):
+        shutil.copytree(checkpoints, tmp_path / name)
+        stays = tmp_path / name / name
+        refused(port(checkpoints / "torch.pt", stays), "is there already; --force replaces it")
+        before = sorted(stays.parent.iterdir())
+        assert port(checkpoints / "torch.pt", stays, "--force").exit_code == 0
+        assert sorted(stays.parent.iterdir()) == before  # nothing is left beside it
+    (tmp_path / "other" / "nnx").mkdir(parents=True)
+    (tmp_path / "other" / "nnx" / "precious").write_text("what was there")
+    refused(port(checkpoints / "torch.pt", tmp_path / "other" / "nnx", "--force"), "no checkpoint of Orbax")
+    assert (tmp_path / "other" / "nnx" / "precious").exists()
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda model, optimizer: {"epoch": 3, "net": {"state_dict": model}, "optim": optimizer},
+        lambda model, optimizer: {
+            "state_dict": {f"model.{name}": x for name, x in model.items()},
+            "optimizer_states": [optimizer],
+            "lr_schedulers": [{"last_epoch": 3}],
+        },  # as Lightning has it
+    ],
+)
+def test_torch_checkpoints_are_known_by_their_structure(wrapped, checkpoints, tmp_path):
+    saved = torch.load(checkpoints / "torch.pt")
+    torch.save(wrapped(saved["model"], saved["optimizer"]), tmp_path / "x.ckpt")
+    training = training_of(in_torch())
+    training.read(tmp_path / "x.ckpt")
+    training.save_snapshot(tmp_path / "x.safetensors")
+    assert filecmp.cmp(tmp_path / "x.safetensors", checkpoints / "torch.pt.safetensors", shallow=False)
+
+
+def test_flax_reads_what_is_written_and_the_other_way_round(checkpoints, tmp_path):
+    made = in_linen()
+    trees = {"params": made.params, "opt_state": made.opt_state, **made.others}
+    trees = serialization.from_bytes(trees, (checkpoints / "linen.msgpack").read_bytes())
+    (tmp_path / "x.msgpack").write_bytes(serialization.to_bytes({"step": 3, **trees}))
+    training = training_of(made)
+    training.read(tmp_path / "x.msgpack")
+    training.save_snapshot(tmp_path / "x.safetensors")
+    assert filecmp.cmp(tmp_path / "x.safetensors", checkpoints / "linen.msgpack.safetensors", shallow=False)
+
+
+def in_equinox():
+    model = eqx.nn.MLP(3, 2, 4, 1, key=jax.random.key(0))
+    return optax_training(model, eqx.filter(model, eqx.is_array), None)
+
+
+def in_haiku():
+    model = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([4, 2])(x)))
+    return optax_training(model, model.init(jax.random.key(0), IMAGES[0, 0]), None, (IMAGES[0, 0],))
+
+
+@pytest.mark.parametrize("name", ["x.msgpack", "x"])
+@pytest.mark.parametrize("setup", [in_linen, in_nnx, in_equinox, in_haiku])
+def test_checkpoints_of_every_library_of_jax_come_back(setup, name, tmp_path):
+    made = setup()
+    numbers = iter(range(1000))
+    others = made.others and jax.tree.map(lambda x: x + next(numbers), made.others)
+    params, state = jax.tree.map(lambda x: x + next(numbers), (made.params, made.opt_state))
+    training = training_of(made._replace(params=params, opt_state=state, others=others))
+    training.write(tmp_path / name)
+    training.write(tmp_path / name)  # in place of what is there
+    training.save_snapshot(tmp_path / "before.safetensors")
+    back = training_of(made)
+    back.read(tmp_path / name)
+    back.save_snapshot(tmp_path / "after.safetensors")
+    assert filecmp.cmp(tmp_path / "after.safetensors", tmp_path / "before.safetensors", shallow=False)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["after.safetensors", "before.safetensors", name]
+
+
+def test_no_framework_is_imported_before_it_is_needed():
+    known = {"torch", "keras", "tensorflow", "jax", "flax", "orbax"}
+    code = f"import sys, adamp_conformance.cli; print({known} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
+
+
+# ------------------------------------------------------------------------------------------------ refused
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_with_code_in_it_is_refused_and_does_not_run(zipped, checkpoints, target, tmp_path):
+    saved = torch.load(checkpoints / "torch.pt")
+    torch.save(
+        {**saved, "extra": Malicious(tmp_path / "ran")}, tmp_path / "x.pt", _use_new_zipfile_serialization=zipped
+    )
+    refused(to_keras(tmp_path / "x.pt", target), "would run code from the file, and none was run", target)
+    assert not (tmp_path / "ran").exists()
+    torch.load(tmp_path / "x.pt", weights_only=False)
+    assert (tmp_path / "ran").exists()  # it would have
+
+
+@pytest.mark.parametrize("name", ["torch.pt", "keras.keras", "linen.msgpack", "torch.pt.safetensors"])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.99])
+def test_a_truncated_file_is_refused(name, kept, checkpoints, target, tmp_path):
+    data = (checkpoints / name).read_bytes()
+    path = tmp_path / f"x{Path(name).suffix}"
+    path.write_bytes(data[: int(len(data) * kept)])
+    made = in_torch if name == "torch.pt.safetensors" else FORMATS[name]
+    # what comes from Keras is to go to another framework
+    framework = f"{__name__}:{'in_linen' if made is in_keras else 'in_keras'}"
+    if made is in_keras:
+        target = target.rename(target.with_suffix(".msgpack"))
+    result = run("port", path, target, "--from", f"{__name__}:{made.__name__}", "--to", framework, "--force")
+    refused(result, "damaged", target)
+
+
+def test_a_folder_that_lacks_a_file_is_refused(checkpoints, target, tmp_path):
+    for lost in ("_METADATA", "manifest.ocdbt"):
+        shutil.copytree(checkpoints / "nnx", tmp_path / lost)
+        for path in tmp_path.joinpath(lost).rglob(lost):
+            path.unlink()
+        refused(to_keras(tmp_path / lost, target, made=in_nnx), "damaged", target)
+
+
+def test_a_missing_parameter_is_refused(checkpoints, target, tmp_path):
+    saved = torch.load(checkpoints / "torch.pt")
+    del saved["model"]["head.bias"]
+    torch.save(saved, tmp_path / "x.pt")
+    refused(to_keras(tmp_path / "x.pt", target), "it lacks ['head.bias']", target)
+
+    tree = serialization.msgpack_restore((checkpoints / "linen.msgpack").read_bytes())
+    del tree["opt_state"]["0"]["mu"]["head"]["bias"]
+    (tmp_path / "x.msgpack").write_bytes(serialization.msgpack_serialize(tree))
+    refused(to_keras(tmp_path / "x.msgpack", target, made=in_linen), "lacks 'opt_state/0/mu/head/bias'", target)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.pop("optimizer"), "must hold the states of an optimizer once, and holds them 0 times"),
+        (lambda x: x.update(ema=x["model"]), "must hold the tensors of the model once, and holds them 2 times"),
+        (lambda x: x["optimizer"]["param_groups"].pop(), "different number of parameter groups"),
+        (lambda x: x["model"].update({"head.bias": torch.zeros(3)}), "size mismatch for head.bias"),
+    ],
+)
+def test_a_torch_checkpoint_that_does_not_fit_is_refused(change, message, checkpoints, target, tmp_path):
+    saved = torch.load(checkpoints / "torch.pt")
+    change(saved)
+    torch.save(saved, tmp_path / "x.pt")
+    refused(to_keras(tmp_path / "x.pt", target), message, target)
+
+
+def keras_otherwise():
+    model = in_keras()
+    model.compile(adamp_tf.AdamP(HYPER.lr, weight_decay=0.2, nesterov=True), "mse")
+    return model
+
+
+def keras_as_sgdp():
+    model = in_keras()
+    model.compile(adamp_tf.SGDP(HYPER.lr, weight_decay=0.1), "mse")
+    return model
+
+
+def optax_otherwise():
+    made = in_linen()
+    return made._replace(hyperparameters=AdamPHyper(lr=HYPER.lr, weight_decay=0.1))  # no nesterov
+
+
+def test_another_optimizer_is_refused(checkpoints, target, tmp_path):
+    def to(made, name="torch.pt", source=in_torch, into=target):
+        made, source = (f"{__name__}:{x.__name__}" for x in (made, source))
+        return run("port", checkpoints / name, into, "--from", source, "--to", made, "--force")
+
+    refused(to(keras_otherwise), "{'weight_decay': 0.1}: compile the model with these", target)
+    refused(to(keras_as_sgdp), "the snapshot is of adamp, the optimizer is sgdp", target)
+    target = target.rename(target.with_suffix(".msgpack"))
+    refused(to(optax_otherwise, into=target), "{'nesterov': True}: make the transformation with these", target)
+    for made in (keras_otherwise, keras_as_sgdp):  # the checkpoint's own framework
+        refused(to(in_linen, "keras.keras", made, target), "compile the model of the setup function with these", target)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.replace("head/*", "norm/*").replace("batch_norm", "dense"), "cannot have shape (5,)"),
+        (lambda x: x.replace('source = "head.*"', 'source = "conv.*"'), "another pair took"),
+        (lambda x: x.replace('"head/*"', '"conv/*"'), "is made by another pair"),
+        (lambda x: x.replace('row = "dense"', 'row = "turned"') + TURNED, "the shape (2, 5)"),
+        (lambda x: x.replace('row = "dense"', 'row = "no_row"'), "there is no row 'no_row'"),
+        (lambda x: x.replace('target = "keras"', 'target = "linen"'), "the map is of torch and linen"),
+        (lambda x: x.replace("head.*", "tail.*"), "tail.*"),
+        (lambda x: x.replace("head/*", "tail/*"), "leaves out ['head/bias', 'head/kernel'] of the target"),
+        (lambda x: x + "[", "map.toml"),
+    ],
+)
+def test_a_wrong_map_is_refused(change, message, checkpoints, target, tmp_path):
+    assert run("map", f"{__name__}:in_torch", f"{__name__}:in_keras", "-o", tmp_path / "map.toml").exit_code == 0
+    text = (tmp_path / "map.toml").read_text()
+    (tmp_path / "map.toml").write_text(change(text))
+    refused(to_keras(checkpoints / "torch.pt", target, "--map", tmp_path / "map.toml"), message, target)
+
+
+TURNED = """
+[rows.turned]
+title = "a dense layer that keeps PyTorch's axes"
+[rows.turned.torch]
+layer = "Linear"
+weight = "OUT in"
+bias = "out"
+[rows.turned.keras]
+layer = "Dense"
+kernel = "weight: OUT in"
+bias = "bias: out"
+"""
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda x: x.update({"conv.weight": x.pop("parameter/conv.weight")}), "lacks ['parameter/conv.weight']"),
+        (lambda x: x["parameter/conv.weight"].update(shape=[5, 3, 9]), "has shape"),
+        (lambda x: x["parameter/conv.weight"].update(data_offsets=[0, 4]), "damaged"),
+        (lambda x: x["__metadata__"].update({"adamp-parity": "{}"}), "header is not as SNAPSHOT.md has it"),
+        (lambda x: x.update(__metadata__={}), "but no snapshot"),
+        (lambda x: of_header(x, lambda header: header.update(spec="99.0")), "pip install --upgrade adamp-parity"),
+        (lambda x: of_header(x, lambda header: header.update(format=2)), "pip install --upgrade adamp-parity"),
+        (lambda x: of_header(x, lambda header: header["parameters"].pop("head.bias")), "head.bias"),
+        (lambda x: of_header(x, lambda header: header["groups"][0].update(lr=-1)), "lr"),
+        (
+            lambda x: of_header(x, lambda header: header["parameters"]["conv.weight"]["layout"].update(channel=[1])),
+            "weight decides by Layout(channel=1)",
+        ),
+    ],
+)
+def test_a_lying_header_is_refused(edit, message, checkpoints, target, tmp_path):
+    path = edited(checkpoints / "torch.pt.safetensors", tmp_path / "x.safetensors", edit)
+    refused(to_keras(path, target), message, target)
+
+
+def of_header(file, edit):
+    header = json.loads(file["__metadata__"]["adamp-parity"])
+    edit(header)
+    file["__metadata__"]["adamp-parity"] = json.dumps(header)
+
+
+def square_in_torch():
+    model = torch.nn.Linear(5, 5)
+    return model, adamp_torch.AdamP(model.parameters(), lr=HYPER.lr)
+
+
+def square_in_keras():
+    inputs = keras.Input((5,))
+    model = keras.Model(inputs, keras.layers.Dense(5, name="dense")(inputs))
+    model.compile(adamp_tf.AdamP(HYPER.lr), "mse")
+    return model
+
+
+def test_axes_that_are_confused_are_refused_though_their_sizes_fit(target, tmp_path):
+    training_of(square_in_torch()).write(tmp_path / "x.pt")
+    (tmp_path / "map.toml").write_text(
+        """
+        source = "torch"
+        target = "keras"
+        layer = [{ row = "turned", source = "*", target = "dense/*" }]
+        """
+        + TURNED
+    )
+    made = ("--from", f"{__name__}:square_in_torch", "--to", f"{__name__}:square_in_keras")
+    for more in ("--force", "--dry-run"):
+        result = run("port", tmp_path / "x.pt", target, *made, "--map", tmp_path / "map.toml", more)
+        refused(result, "has Layout(channel=0) in the snapshot, Layout(channel=-1) in the optimizer", target)
+
+
+def test_models_that_do_not_fit_are_refused_and_listed(checkpoints, target, tmp_path):
+    models = f"{__name__}:in_torch", f"{__name__}:keras_with_more"
+    shown = run("map", *models, "-o", tmp_path / "map.toml")
+    assert shown.exit_code == 1
+    assert "unmatched: target layer 'more' (Dense: more/kernel, more/bias)" in shown.output
+    assert "# unmatched: target layer 'more'" in (tmp_path / "map.toml").read_text()
+    assert len(Map.read(tmp_path / "map.toml").pairs) == 3
+    refused(run("map", *models, "-o", tmp_path / "map.toml"), "is there already")
+    made = ("--from", models[0], "--to", models[1], "--force")
+    refused(run("port", checkpoints / "torch.pt", target, *made), "the models do not fit as they are", target)
+
+
+def keras_with_more():
+    made = in_keras()
+    model = keras.Model(made.input, keras.layers.Dense(7, name="more")(made.output))
+    model.compile(adamp_tf.AdamP(HYPER.lr, weight_decay=0.1, nesterov=True), "mse")
+    return model
+
+
+def broken_setup():
+    raise RuntimeError("no data here")
+
+
+def not_a_training():
+    return 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x.pt", "y.keras"], "--from is needed"),
+        (["x.safetensors", "y.safetensors"], "--from is needed"),
+        (["x.pt", "y.keras", "--from", f"{__name__}:in_torch"], "--to is needed"),
+        (["x.pt", "y.keras", "--from", f"{__name__}:broken_setup"], "RuntimeError: no data here"),
+        (["x.pt", "y.keras", "--from", f"{__name__}:not_a_training"], "it must return (model, optimizer)"),
+        (["x.pt", "y.keras", "--from", "no_such_module:setup"], "No module named 'no_such_module'"),
+        (["z.pt", "y.keras"], "does not exist"),
+    ],
+)
+def test_usage(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("x.pt", "x.safetensors"):
+        (tmp_path / name).touch()
+    result = run("port", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_a_file_of_another_framework_is_refused(checkpoints, target):
+    refused(to_keras(checkpoints / "linen.msgpack", target), "is no checkpoint of torch", target)
+    target = target.rename(target.with_suffix(".h5"))
+    refused(to_keras(checkpoints / "torch.pt", target), "is no checkpoint of keras", target)
+    with pytest.raises(CheckpointError, match="any framework has snapshots"):
+        training_of(in_nnx()).read(checkpoints / "torch.pt")
+
+
+@pytest.mark.parametrize(("module", "name"), [("flax", "linen.msgpack"), ("orbax.checkpoint", "nnx")])
+def test_a_library_that_is_missing_is_named(module, name, checkpoints, target, monkeypatch):
+    made = FORMATS[name]
+    monkeypatch.setitem(sys.modules, module, None)
+    if module == "flax":  # and with it the setup function that needs it
+        with pytest.raises(ModuleNotFoundError, match="pip install flax"):
+            training_of(in_equinox()).read(checkpoints / name)
+    else:
+        refused(to_keras(checkpoints / name, target, made=made), "pip install orbax-checkpoint", target)
+
+
+def test_a_checkpoint_that_holds_something_else_is_refused(checkpoints, tmp_path):
+    def changed(change):
+        tree = serialization.msgpack_restore((checkpoints / "linen.msgpack").read_bytes())
+        change(tree)
+        (tmp_path / "x.msgpack").write_bytes(serialization.msgpack_serialize(tree))
+        training_of(in_linen()).read(tmp_path / "x.msgpack")
+
+    for change, message in (
+        (lambda x: x["params"]["head"].update(extra=np.zeros(2)), r"it has \['params/head/extra'\]"),
+        (lambda x: x["params"]["head"].update(bias=np.zeros(3, np.float32)), r"float32 \(3,\) in it, float32 \(2,\)"),
+        (lambda x: x["params"]["head"].update(bias=np.zeros(2)), "float64"),
+        (lambda x: x.pop("batch_stats"), r"it lacks \['batch_stats'\]"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            changed(change)
+
+
+def test_an_interrupted_write_leaves_what_was_there(checkpoints, target, monkeypatch):
+    def fails(self, path):
+        Path(path).write_bytes(b"half of it")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(keras.Model, "save", fails)
+    refused(to_keras(checkpoints / "torch.pt", target), "no space left", target)
+
+
+def test_the_page_does_what_it_says(tmp_path, monkeypatch):
+    page = (Path(__file__).parent.parent / "docs" / "porting.md").read_text()
+    for code in re.findall(r"```python\n(# (\w+\.py)\n.*?)```", page, re.DOTALL):
+        (tmp_path / code[1]).write_text(code[0])
+    (toml,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    lines = re.findall(r"^adamp-parity (.*)$", page, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    import keras_digits
+    import torch_digits
+
+    source, target = training_of(torch_digits.setup()), training_of(keras_digits.setup())
+    images = np.random.default_rng(0).standard_normal((8, 8, 8, 1), np.float32)
+    for _ in range(3):
+        source.optimizer.zero_grad()
+        source.model(torch.tensor(images).permute(0, 3, 1, 2)).square().mean().backward()
+        source.optimizer.step()
+    source.write("step_1000.pt")
+    with torch.no_grad():
+        wanted = source.model.eval()(torch.tensor(images).permute(0, 3, 1, 2)).numpy()
+
+    def got():
+        target.read("step_1000.keras")
+        return np.asarray(target.model(images, training=False))
+
+    for i, line in enumerate(lines):
+        result = run(*line.split(), *(["--force"] if i == 2 else []))
+        assert result.exit_code == 0, (line, result.output)
+        if i == 0:
+            derived = Map.read("map.toml")
+            Path("map.toml").write_text(toml)
+    assert [pair.row for pair in derived.pairs] == ["conv", "batch_norm", "dense"]
+    np.testing.assert_allclose(got(), wanted, rtol=1e-5, atol=1e-6)
+
+    derived.write("map.toml")  # which is why the page has a row of its own
+    assert run(*lines[2].split(), "--force").exit_code == 0
+    assert np.max(np.abs(got() - wanted)) > 0.1
