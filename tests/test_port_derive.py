@@ -765,3 +765,41 @@ def test_no_framework_is_imported_before_it_is_needed():
     libraries = ("torch", "keras", "tensorflow", "jax", "flax", "equinox", "haiku")
     done = subprocess.run([sys.executable, "-c", code, *libraries], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def flattening(pooled):
+    pool = nn.AdaptiveAvgPool2d(1) if pooled else nn.Identity()
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), pool, nn.Flatten(), nn.Linear(4 if pooled else 16, 4))
+
+
+def keras_flattening(pooled):
+    inputs = keras.Input((4, 4, 1))
+    x = kl.BatchNormalization()(kl.Conv2D(4, 3)(inputs))
+    x = kl.GlobalAveragePooling2D()(x) if pooled else kl.Flatten()(x)
+    return keras.Model(inputs, kl.Dense(4)(kl.Dense(16)(kl.Dense(4)(x))))
+
+
+class LinenFlattening(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        x = linen.Conv(4, (3, 3), padding="VALID")(x)
+        x = linen.BatchNorm(use_running_average=True)(x).reshape(len(x), -1)
+        return linen.Dense(4)(linen.Dense(16)(linen.Dense(4)(x)))
+
+
+def test_a_dense_layer_after_flattened_images_is_left_to_the_user():
+    """Shapes agree, and the order of its inputs does not; dense layers after it are as elsewhere."""
+    for pooled in (False, True):
+        source = torch_inventory(nn.Sequential(*flattening(pooled), nn.Linear(4, 16), nn.Linear(16, 4)))
+        found = propose(source, keras_inventory(keras_flattening(pooled)))
+        left = [(x.layer.path, x.why.partition(":")[0]) for x in found.unmatched_source]
+        assert left == ([] if pooled else [("4", "has other inputs than the convolution before it has channels")])
+        assert [pair.row for pair in found.map.pairs] == ["conv", "batch_norm", *["dense"] * (2 + pooled)]
+    inputs = np.zeros((1, 4, 4, 1), np.float32)
+    variables = LinenFlattening().init(jax.random.key(0), inputs)
+    there = linen_inventory(
+        LinenFlattening(), variables["params"], {"batch_stats": variables["batch_stats"]}, (inputs,)
+    )
+    found = propose(keras_inventory(keras_flattening(False)), there)  # the order is the same
+    assert not found.unmatched_source
+    assert not found.unmatched_target

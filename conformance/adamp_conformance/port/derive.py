@@ -79,6 +79,7 @@ class _Matching:
 
     def __init__(self, source: Inventory, target: Inventory) -> None:
         self.source, self.target = source, target
+        self._turned = (source.framework in _CHANNELS_FIRST) != (target.framework in _CHANNELS_FIRST)
         self.pairs: list[tuple[_Item, _Item, Pair]] = []
         self._fits: dict[tuple, _Fit | str] = {}
 
@@ -92,6 +93,8 @@ class _Matching:
 
     def fit(self, source: _Item, target: _Item) -> _Fit | str:
         """How two items fit, or why they do not."""
+        if self._turned and (_follows_images(self.source, source) or _follows_images(self.target, target)):
+            return _FLATTENED
         key = source.signature, target.signature
         if key not in self._fits:
             self._fits[key] = _fit(self.source, source, self.target, target)
@@ -276,6 +279,22 @@ def _with_sequences(own: Inventory, other: Inventory) -> Inventory:
     return own._replace(layers=tuple(joined))
 
 
+def _follows_images(inventory: Inventory, item: _Item) -> bool:
+    """Whether an item is a dense layer right after a convolution and has other inputs than that has channels."""
+    framework, layer = inventory.framework, item.layers[0]
+    dense = layers.rows()["dense"]
+    before = [x for x in inventory.layers[: item.places[0]] if max(map(len, _shapes(inventory, x).values())) > 1]
+    if layer.kind not in classes(dense.form(framework), framework) or not before or "Conv" not in before[-1].kind:
+        return False
+    channels = set()
+    for row in (row for name, row in layers.rows().items() if "conv" in name and framework in row.forms):
+        with suppress(KeyError, ValueError):  # the convolution of another row
+            sizes = layers.axis_sizes(row, _shapes(inventory, before[-1]), framework, framework, before[-1].sizes)
+            channels.add(sizes["out"] * sizes.get("groups", 1) if "out" in sizes else sizes["in"] * sizes["m"])
+    inputs = layers.axis_sizes(dense, _shapes(inventory, layer), framework, framework)["in"]
+    return bool(channels) and inputs not in channels
+
+
 def _fits_any(layer: Layer, own: Inventory, other: Inventory) -> bool:
     own = own._replace(layers=(layer,))
     targets = (_item(other, [i]) for i in range(len(other.layers)))
@@ -285,6 +304,11 @@ def _fits_any(layer: Layer, own: Inventory, other: Inventory) -> bool:
 # ------------------------------------------------------------------------------------------------ fits
 
 _OTHER_KIND = "another kind"
+_FLATTENED = (
+    "has other inputs than the convolution before it has channels: after Flatten they are in another order there, so "
+    "write its row (docs/porting.md)"
+)
+_CHANNELS_FIRST = {"torch", "equinox"}
 _WOULD_BE = "would be "
 
 
