@@ -547,7 +547,35 @@ def test_models_that_do_not_fit_are_refused_and_listed(checkpoints, target, tmp_
     assert len(Map.read(tmp_path / "map.toml").pairs) == 3
     refused(run("map", *models, "-o", tmp_path / "map.toml"), "is there already")
     made = ("--from", models[0], "--to", models[1], "--force")
-    refused(run("port", checkpoints / "torch.pt", target, *made), "the models do not fit as they are", target)
+    refused(
+        run("port", checkpoints / "torch.pt", target, *made),
+        "0 layers are matched by order alone, 1 not at all",
+        target,
+    )
+
+
+def test_what_order_alone_tells_must_be_checked_before(tmp_path, target):
+    source = tmp_path / "torch.pt"
+    training_of(torch_twins()).write(source)
+    made = ("--from", f"{__name__}:torch_twins", "--to", f"{__name__}:keras_twins", "--force")
+    refused(run("port", source, target, *made), "2 layers are matched by order alone", target)
+    shown = run("map", f"{__name__}:torch_twins", f"{__name__}:keras_twins", "-o", tmp_path / "map.toml")
+    assert shown.exit_code == 0, shown.output
+    assert shown.output.count("by order") == 2
+    done = run("port", source, target, *made, "--map", tmp_path / "map.toml")
+    assert done.exit_code == 0, done.output
+
+
+def torch_twins():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    return model, adamp_torch.AdamP(model.parameters())
+
+
+def keras_twins():
+    twins = [keras.layers.Dense(4, name=name) for name in ("one", "other")]
+    model = keras.Sequential([keras.Input((4,)), *twins])
+    model.compile(adamp_tf.AdamP(), "mse")
+    return model
 
 
 def keras_with_more():

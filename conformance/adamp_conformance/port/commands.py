@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from adamp_conformance.port.derive import Proposal, propose
+from adamp_conformance.port.derive import IN_ORDER, Proposal, propose
 from adamp_conformance.port.inventory import Inventory
 from adamp_conformance.port.maps import SAME, Map, MapError, Place
 from adamp_conformance.port.trainings import SNAPSHOT, Training, training_of
@@ -162,9 +162,13 @@ def _derived(console: Console, source: Inventory | None, target: Inventory | Non
     assert source is not None
     assert target is not None
     found = propose(source, target)
-    if _unmatched(found):
+    ordered = sum(pair.note == IN_ORDER for pair in found.map.pairs)
+    if ordered or _unmatched(found):
         _print_proposal(console, found, source, target)
-        raise MapError("the models do not fit as they are: adamp-parity map -o map.toml, complete the file, port --map")
+        raise MapError(
+            f"{ordered} layers are matched by order alone, {len(_unmatched(found))} not at all: write the map with "
+            "adamp-parity map -o map.toml, check and complete it, and give it with --map"
+        )
     return found.map
 
 
