@@ -573,7 +573,7 @@ def torch_twins():
 
 def keras_twins():
     twins = [keras.layers.Dense(4, name=name) for name in ("one", "other")]
-    model = keras.Sequential([keras.Input((4,)), *twins])
+    model = keras.Sequential([keras.Input((4,)), *twins], name="twins")
     model.compile(adamp_tf.AdamP(), "mse")
     return model
 
