@@ -4,7 +4,6 @@ The oracle judges the step that the second framework takes as if the first one h
 """
 
 import dataclasses
-import sys
 from collections import Counter
 from functools import cache, partial
 from itertools import permutations
@@ -13,16 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import relay
 import torch
+from relay import BATCHES, carried, carried_gradients, hand_over, judge, map_between
+from trainers import TRAINERS, Arrays, Held, Trainer, trainer
 
 from adamp_spec import Branch
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples" / "handover"))
-
-import relay  # noqa: E402
-from relay import BATCHES, carried, carried_gradients, hand_over, judge, map_between  # noqa: E402
-from trainers import TRAINERS, Arrays, Held, Trainer, trainer  # noqa: E402
 
 STEPS = 3  # before the hand-over
 every_example = pytest.mark.parametrize("example", BATCHES)
