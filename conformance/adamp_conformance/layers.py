@@ -127,6 +127,12 @@ class Row:
             raise ValueError(f"layer {self.name!r} has no framework {framework!r}; it has {', '.join(self.forms)}")
         return self.forms[framework]
 
+    def names(self, framework: str) -> tuple[str, ...]:
+        """What the layer calls its tensors in a framework: parameters, statistics, the counter."""
+        form = self.form(framework)
+        gathered = self.statistics.forms.get(framework) if self.statistics else None
+        return (*form.pieces, *(gathered.pieces if gathered else ()), *([form.counter] if form.counter else ()))
+
     def homeless(self, framework: str) -> list[Term]:
         """What PyTorch's layer has and the framework's has not: it must be zero there."""
         taken = {term for pieces in self.form(framework).pieces.values() for piece in pieces for term in piece.terms}

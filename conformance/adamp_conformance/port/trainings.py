@@ -287,6 +287,12 @@ class _Optax(Training):
         given, own = asdict(restored.hyperparameters), asdict(self.made.hyperparameters)
         if differing := {name: x for name, x in given.items() if x != own[name] and name != "lr"}:
             raise SnapshotError(f"the snapshot's optimizer has {differing}: make the transformation with these")
+        if given["lr"] != own["lr"]:
+            warnings.warn(
+                f"the snapshot's learning rate is {given['lr']}, and a transformation keeps its own, {own['lr']}: make it "
+                "with the snapshot's, unless a schedule gives it",
+                stacklevel=2,
+            )
         self.made = self.made._replace(**restored._asdict())
 
     def _read(self, path: Path) -> None:
