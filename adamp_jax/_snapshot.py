@@ -1,5 +1,6 @@
 """Snapshots of parameters and optimizer state, which every backend reads (SNAPSHOT.md)."""
 
+import dataclasses
 import functools
 import os
 from typing import Any, NamedTuple
@@ -57,7 +58,8 @@ def save_snapshot(
       params: a tree of parameters.
       opt_state: the state of `adamp` or `sgdp`, alone or with other transformations around it.
       hyperparameters: an :class:`adamp_spec.AdamPHyper` or `SGDPHyper` with what the transformation was made with, the
-        learning rate as it is now: a state does not hold them.
+        learning rate as it is now: a state does not hold them. Where it does hold that, by `optax.inject_hyperparams`,
+        the state's is written.
       weight_decay_mask, layouts: as the transformation was given.
       others: a tree of what the model holds besides, such as Flax's `batch_stats`.
 
@@ -70,6 +72,10 @@ def save_snapshot(
     state, algorithm, moments = _find(params, opt_state)
     if hyperparameters.algorithm != algorithm:
         raise ValueError(f"the state is one of {algorithm}, the hyperparameters are {hyperparameters}")
+    for injected in jax.tree.leaves(opt_state, is_leaf=lambda x: hasattr(x, "hyperparams")):
+        if "learning_rate" in getattr(injected, "hyperparams", {}):
+            rate = np.asarray(injected.hyperparams["learning_rate"])
+            hyperparameters = dataclasses.replace(hyperparameters, lr=float(str(rate)))
     places = _places(params, moments, hyperparameters.weight_decay, weight_decay_mask, layouts)
     last = max((place.group for place in places.values()), default=0)
     groups = decay_groups(hyperparameters)[: last + 1]
@@ -116,7 +122,10 @@ def load_snapshot(
 
         def filled(kind: str, tree: Any) -> Any:
             def fill(key: Any, x: Any) -> Any:
-                return jax.device_put(tensors[f"{kind}/{path_name(key)}"].read(), getattr(x, "sharding", None))
+                value = tensors[f"{kind}/{path_name(key)}"].load()
+                if isinstance(x, np.ndarray | np.generic):  # JAX might narrow it
+                    return value
+                return jax.device_put(value, getattr(x, "sharding", None))
 
             return jax.tree_util.tree_map_with_path(fill, tree)
 
@@ -178,7 +187,10 @@ def _on_host(x: Any) -> np.ndarray:
 
 def _named(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {path_name(path): x if hasattr(x, "dtype") else np.asarray(x) for path, x in leaves}
+    named = {path_name(path): x if hasattr(x, "dtype") else np.asarray(x) for path, x in leaves}
+    if len(named) < len(leaves):
+        raise ValueError(f"several leaves share a path; the paths are {[path_name(path) for path, _ in leaves]}")
+    return named
 
 
 def _dtype(name: str, x: Any) -> str:

@@ -64,15 +64,18 @@ def load_snapshot(path: str | os.PathLike[str], model: keras.Model) -> None:
     algorithm, hyper = _hyperparameters(optimizer)
     kept = {name: (_dtype(name, x), tuple(x.shape)) for name, x in others.items()}
     with snapshot.opened(path) as (saved, tensors):
-        given, step = one_of_groups(saved.check_target(tensors, algorithm, places, kept)), saved.common_step("Keras")
+        groups = saved.check_target(tensors, algorithm, places, kept)
+        given, step = one_of_groups(groups), saved.common_step("Keras")
         own = asdict(hyper) | {"lr": given.lr}
+        if 0 not in groups:  # nothing decays, whatever the rate
+            own["weight_decay"] = given.weight_decay
         if differing := {_SPELLING.get(name, name): x for name, x in asdict(given).items() if x != own[name]}:
             raise SnapshotError(f"the snapshot's optimizer has {differing}: compile the model with these")
         for kind, named in variables.items():
             for name, variable in named.items():
-                variable.assign(_adopted(tensors[f"{kind}/{name}"].read()))
+                _assign(variable, tensors[f"{kind}/{name}"])
         for name, variable in others.items():
-            variable.assign(tensors[f"other/{name}"].read())
+            _assign(variable, tensors[f"other/{name}"])
         optimizer.iterations.assign(step)
         if isinstance(optimizer._learning_rate, keras.Variable):  # not a schedule
             optimizer.learning_rate = given.lr
@@ -136,14 +139,9 @@ def _tensor(name: str, x: Any) -> snapshot.Tensor:
     return snapshot.Tensor(_dtype(name, x), tuple(x.shape), read)
 
 
-def _adopted(x: np.ndarray) -> Any:
-    """An array that is nobody else's, as `assign` takes it without a copy of its own."""
-    if backend() != "tensorflow" or not x.size:
-        return x
-    import tensorflow as tf
-
-    bits = tf.experimental.dlpack.from_dlpack(x.view(f"u{x.itemsize}").__dlpack__())  # which has no bfloat16
-    return tf.bitcast(bits, x.dtype)
+def _assign(variable: Any, tensor: snapshot.Tensor) -> None:
+    # TensorFlow copies what it is given, pages of the file; JAX would keep these, and torch wants memory to write to.
+    variable.assign(tensor.read() if backend() == "tensorflow" else tensor.load())
 
 
 def _dtype(name: str, x: Any) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Buffer, Module, Parameter
 
 from adamp_spec import AdamPHyper, Layout, SGDPHyper, snapshot
-from adamp_spec.snapshot import MOMENTS, NUMPY, Entry, Hyper, Place, Snapshot
+from adamp_spec.snapshot import MOMENTS, NUMPY, Entry, Hyper, Place, Snapshot, SnapshotError
 from adamp_torch._adamp import AdamP
 from adamp_torch._base import DTYPES, ProjectedOptimizer, step_tensor
 from adamp_torch._layouts import Group, group_layouts
@@ -23,6 +23,7 @@ _NAMES = {
     for dtype in (*DTYPES, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_STEPS = 2**24  # beyond, float32 has no odd numbers
 
 
 def save_snapshot(path: str | os.PathLike[str], model: Module, optimizer: ProjectedOptimizer) -> None:
@@ -38,11 +39,12 @@ def save_snapshot(path: str | os.PathLike[str], model: Module, optimizer: Projec
 
     Raises:
       ValueError: the optimizer has a parameter that the model lacks; it ascends (`maximize`).
-      TypeError: a tensor is sharded, or of a dtype that a snapshot cannot hold; the model has extra state.
+      TypeError: the optimizer is another one; a tensor is sharded, or of a dtype that a snapshot cannot hold; the model
+        has extra state.
       OSError: the file cannot be written.
     """
-    names, others = _named(model, optimizer)
     algorithm, hyper = _hyperparameters(optimizer)
+    names, others = _named(model, optimizer)
     entries: dict[str, Entry] = {}
     tensors: dict[str, snapshot.Tensor] = {}
     for i, _, param, layout in _parameters(optimizer):
@@ -69,15 +71,21 @@ def load_snapshot(path: str | os.PathLike[str], model: Module, optimizer: Projec
       adamp_spec.snapshot.SnapshotError: the file is no snapshot, is damaged, or does not fit. Nothing has changed then.
       ValueError, TypeError: as `save_snapshot`.
     """
-    names, others = _named(model, optimizer)
     algorithm, _ = _hyperparameters(optimizer)
+    names, others = _named(model, optimizer)
     places = {
         names[param]: Place(_NAMES[param.dtype], tuple(param.shape), i, layout)
         for i, _, param, layout in _parameters(optimizer)
     }
     kept = {name: (_NAMES[x.dtype], tuple(x.shape)) for name, x in others.items()}
     with snapshot.opened(path) as (saved, tensors):
-        for i, hyper in saved.check_target(tensors, algorithm, places, kept).items():
+        become = saved.check_target(tensors, algorithm, places, kept)
+        if late := [name for name, entry in saved.parameters.items() if entry.step > _STEPS]:
+            raise SnapshotError(
+                f"parameters {late} have taken more than {_STEPS} steps, which PyTorch's count cannot hold"
+            )
+        _own_rates(optimizer)
+        for i, hyper in become.items():
             _take_over(optimizer.param_groups[i], hyper)
         for _, group, param, _ in _parameters(optimizer):
             name = names[param]
@@ -120,6 +128,8 @@ def _named(model: Module, optimizer: ProjectedOptimizer) -> tuple[dict[Tensor, s
 
 def _hyperparameters(optimizer: ProjectedOptimizer) -> tuple[str, tuple[Hyper, ...]]:
     """The algorithm, and each group's hyperparameters as the specification names them."""
+    if not isinstance(optimizer, ProjectedOptimizer):
+        raise TypeError(f"the optimizer is {type(optimizer).__name__}; make it adamp_torch.AdamP or SGDP")
     if any(group["maximize"] for group in optimizer.param_groups):
         raise ValueError("maximize=True has no counterpart in the other frameworks: negate the loss instead")
     hyper: type[Hyper] = AdamPHyper if isinstance(optimizer, AdamP) else SGDPHyper
@@ -128,6 +138,16 @@ def _hyperparameters(optimizer: ProjectedOptimizer) -> tuple[str, tuple[Hyper, .
         given = group | dict(zip(("beta1", "beta2"), group.get("betas", ()), strict=False)) | {"lr": float(group["lr"])}
         found.append(hyper(**{field.name: given[field.name] for field in fields(hyper)}))
     return hyper.algorithm, tuple(found)
+
+
+def _own_rates(optimizer: ProjectedOptimizer) -> None:
+    """Gives each group a tensor of its own for a learning rate that several share, as the constructor makes it."""
+    seen: list[Tensor] = []
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            if any(group["lr"] is x for x in seen):
+                group["lr"] = group["lr"].clone()
+            seen.append(group["lr"])
 
 
 def _take_over(group: Group, hyper: Hyper) -> None:

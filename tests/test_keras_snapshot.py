@@ -74,6 +74,18 @@ def test_all_comes_back_bit_for_bit_and_goes_on_alike(make, dtype, stepped, tmp_
     assert same(everything(model), everything(other))
 
 
+def test_an_optimizer_that_exempts_everything_from_decay(tmp_path):
+    models = []
+    for _ in range(2):
+        optimizer = MAKERS["adamp"]()
+        optimizer.exclude_from_weight_decay(var_names=["kernel", "bias", "gamma", "beta"])
+        models.append(compiled(network(None), optimizer))
+    train(models[0])
+    save_snapshot(tmp_path / "x", models[0])
+    load_snapshot(tmp_path / "x", models[1])
+    assert same(*map(everything, models))
+
+
 def test_random_states_stay_what_they_are(tmp_path):
     models = []
     for _ in range(2):

@@ -174,6 +174,29 @@ def test_a_parameter_may_be_called_count(tmp_path):
     assert same((params, state), (back.params, back.opt_state))
 
 
+def test_an_injected_learning_rate_is_written_as_it_is_now(tmp_path):
+    make = optax.inject_hyperparams(adamp_jax.adamp, static_args=("layouts", "weight_decay_mask"))
+    tx = make(optax.linear_schedule(1e-2, 1e-3, 10), layouts=LAYOUTS)
+    params = start()
+    params, state = train(tx, params, tx.init(params))
+    save_snapshot(tmp_path / "x", params, state, AdamPHyper(lr=1e-2), layouts=LAYOUTS)
+    found = load_snapshot(tmp_path / "x", params, state, layouts=LAYOUTS).hyperparameters
+    assert np.float32(found.lr) == state.hyperparams["learning_rate"] != np.float32(1e-2)
+
+
+def test_numbers_beside_the_model_stay_as_wide_as_they_are(tmp_path):
+    params = start()
+    tx = transformation(ADAMP)
+    others = {"count": np.asarray(2**40 + 7), "mean": np.asarray(1 / 3)}
+    keep = {"weight_decay_mask": MASK, "layouts": LAYOUTS}
+    save_snapshot(tmp_path / "x", params, tx.init(params), ADAMP, others=others, **keep)
+    found = load_snapshot(tmp_path / "x", params, tx.init(params), others=others, **keep).others
+    assert found == others
+    assert [x.dtype for x in found.values()] == [x.dtype for x in others.values()]
+    with pytest.raises(ValueError, match="several leaves share a path"):
+        save_snapshot(tmp_path / "x", params, tx.init(params), ADAMP, others={"a": {"b": 1}, "a/b": 0}, **keep)
+
+
 def test_shapes_suffice_to_load(tmp_path):
     tx, params = transformation(ADAMP), start()
     params, state = train(tx, params, tx.init(params))

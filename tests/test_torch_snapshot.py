@@ -132,6 +132,27 @@ def test_a_learning_rate_that_is_a_tensor_stays_that_tensor(trained):
     assert lr == torch.tensor(1e-2)
 
 
+def test_groups_that_share_a_tensor_for_their_learning_rate_get_their_own(trained):
+    model, optimizer, path = trained(adamp)
+    optimizer.param_groups[1]["lr"] = 1e-4
+    save_snapshot(path, model, optimizer)
+    other = Network()
+    rate = torch.tensor(0.5)
+    target = adamp(other)
+    for group in target.param_groups:
+        group["lr"] = rate
+    load_snapshot(path, other, target)
+    assert [float(group["lr"]) for group in target.param_groups] == pytest.approx([1e-2, 1e-4])
+    assert target.param_groups[0]["lr"] is rate
+
+
+def test_other_optimizers_are_refused(trained):
+    model, _, path = trained(adamp)
+    for call in (save_snapshot, load_snapshot):
+        with pytest.raises(TypeError, match="the optimizer is AdamW; make it adamp_torch"):
+            call(path, model, torch.optim.AdamW(model.parameters()))
+
+
 def test_the_file_says_what_it_holds(trained):
     model, optimizer, path = trained(adamp)
     with safe_open(path, "np") as file:
@@ -237,19 +258,30 @@ def renamed(header, ours):
     header["parameter/other"] = header.pop("parameter/embed.weight")
 
 
+def unknown_dtype(header, ours):
+    header["other/norm.num_batches_tracked"]["dtype"] = "C64"
+
+
+def many_steps(header, ours):
+    for entry in ours["parameters"].values():
+        entry["step"] = 2**24 + 1
+
+
 def without_moment(header, ours):
     header["other/x"] = header.pop("v/embed.weight")
 
 
 DAMAGED = {
-    "truncated": (cut, "damaged"),
+    "truncated": (cut, "damaged.*get it again"),
     "zip": (pickled, "weights_only=True"),
     "pickle": (executing, "damaged or no safetensors"),
     "of another kind": (foreign, "no snapshot"),
-    "shape": (lambda path: rewritten(path, shape_lies), r"m/embed.weight has shape \(6, 7\)"),
+    "shape": (lambda path: rewritten(path, shape_lies), r"m/embed.weight has shape \(6, 7\).*get it again"),
+    "dtype": (lambda path: rewritten(path, unknown_dtype), "has dtype C64.*get it again"),
+    "steps": (lambda path: rewritten(path, many_steps), "over 16777216 steps|more than 16777216 steps"),
     "size": (lambda path: rewritten(path, size_lies), "damaged"),
-    "name": (lambda path: rewritten(path, renamed), "lacks"),
-    "moment": (lambda path: rewritten(path, without_moment), "lacks"),
+    "name": (lambda path: rewritten(path, renamed), "lacks.*get it again"),
+    "moment": (lambda path: rewritten(path, without_moment), "lacks.*get it again"),
     "step": (
         lambda path: rewritten(path, lambda _, ours: ours["parameters"]["unused"].update(step=2**31)),
         "2147483648",
@@ -292,7 +324,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(trained, monkeypatch):
     with snapshot.opened(path) as (_, tensors):
         os.truncate(path, path.stat().st_size - 1)
         with pytest.raises(SnapshotError, match="shorter"):
-            [x.read() for x in tensors.values()]
+            [x.load() for x in tensors.values()]
     _, _, path = trained(adamp)
     opening = snapshot.safe_open
 

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from io import FileIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +36,7 @@ SIZES = REAL | {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16"
 
 Hyper = AdamPHyper | SGDPHyper
 _BLOCK = 1 << 20  # bytes written or read at a time
+_READERS = 4  # threads that read shares of one tensor
 _HYPER: dict[str, type[Hyper]] = {"adamp": AdamPHyper, "sgdp": SGDPHyper}
 
 
@@ -124,7 +128,7 @@ class Snapshot:
                     raise ValueError(f"parameter {name!r} is of group {entry.group}, and there are {len(groups)}")
         except SnapshotError:
             raise
-        except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        except (AttributeError, OverflowError, RecursionError, TypeError, ValueError) as error:
             raise SnapshotError(f"the snapshot's header is not as SNAPSHOT.md has it: {error}") from error
         return cls(header["algorithm"], groups, parameters, header["spec"])
 
@@ -134,15 +138,22 @@ class Snapshot:
         missing = sorted(promised - set(tensors))
         foreign = [name for name in tensors if name not in promised and not name.startswith("other/")]
         if missing or foreign:
-            raise SnapshotError(f"the snapshot lacks {missing}, and holds {foreign} that its header does not know")
+            raise SnapshotError(
+                f"the snapshot lacks {missing}, and holds {foreign} that its header does not know; {_AGAIN}"
+            )
+        for name, tensor in tensors.items():
+            if tensor.dtype not in SIZES:
+                raise SnapshotError(f"{name} has dtype {tensor.dtype}, and a snapshot has {', '.join(SIZES)}; {_AGAIN}")
         for name, entry in self.parameters.items():
             shape = tensors[f"parameter/{name}"].shape
             for kind in ("parameter", *MOMENTS[self.algorithm]):
                 found = tensors[f"{kind}/{name}"]
                 if found.shape != shape:
-                    raise SnapshotError(f"{kind}/{name} has shape {found.shape}, the parameter {shape}")
+                    raise SnapshotError(f"{kind}/{name} has shape {found.shape}, the parameter {shape}; {_AGAIN}")
                 if found.dtype not in REAL:
-                    raise SnapshotError(f"{kind}/{name} has dtype {found.dtype}; it must be one of {', '.join(REAL)}")
+                    raise SnapshotError(
+                        f"{kind}/{name} has dtype {found.dtype}, and an optimizer steps {', '.join(REAL)}; {_AGAIN}"
+                    )
             try:
                 entry.layout.rows(shape)
             except ValueError as error:
@@ -257,13 +268,24 @@ class Tensor(NamedTuple):
     Attributes:
       dtype: as safetensors names it.
       shape: its shape.
-      read: gives its elements on the host, in row-major order; called when its turn comes. Of an opened file, it also
-        fills an array of bytes that it is given.
+      read: gives its elements on the host, in row-major order; called when its turn comes. Of an opened file, they are
+        pages of the file, or go into the array of bytes that it is given.
     """
 
     dtype: str
     shape: tuple[int, ...]
     read: Callable[..., Any]
+
+    def load(self) -> np.ndarray:
+        """The elements of a tensor of an opened file in memory of their own.
+
+        It begins at a multiple of 64 bytes, so that JAX needs no copy.
+        """
+        size = math.prod(self.shape) * SIZES[self.dtype]
+        data = np.empty(size + 64, np.uint8)
+        data = data[(begin := -data.ctypes.data % 64) : begin + size]
+        self.read(data)
+        return data.view(_numpy(self.dtype)).reshape(self.shape)
 
 
 def write(path: str | os.PathLike[str], snapshot: Snapshot, tensors: Mapping[str, Tensor]) -> None:
@@ -310,32 +332,34 @@ def opened(path: str | os.PathLike[str]) -> Iterator[tuple[Snapshot, dict[str, T
       path: the file.
 
     Yields:
-      The header and the tensors. Their `read` gives NumPy arrays in memory of their own, or fills the writable array of
-      bytes that it is given.
+      The header and the tensors.
 
     Raises:
       SnapshotError: the file is no snapshot, or damaged.
       OSError: it cannot be read.
     """
     shown = repr(os.fspath(path))
-    with open(path, "rb", buffering=0) as file:
+    with ExitStack() as stack:
+        files = [stack.enter_context(open(path, "rb", buffering=0)) for _ in range(_READERS)]
         try:
             opened_file = safe_open(path, "np")
         except SafetensorError as error:
-            if file.read(2) in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
+            if files[0].read(2) in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK"):
                 raise SnapshotError(
                     f"{shown} is a pickle or an archive, as torch.save writes, and may run code when loaded: read "
                     "it with torch.load(..., weights_only=True), load that into model and optimizer, save a snapshot"
                 ) from error
-            raise SnapshotError(f"{shown} is damaged or no safetensors file: {error}") from error
+            raise SnapshotError(
+                f"{shown} is damaged or no safetensors file ({error}): get it again from where it was written"
+            ) from error
         with opened_file as saved:
-            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            if any(not os.path.samestat(os.fstat(file.fileno()), os.stat(path)) for file in files):
                 raise SnapshotError(f"{shown} was replaced while it was opened: open it again")
             header = (saved.metadata() or {}).get(KEY)
             if header is None:
                 raise SnapshotError(f"{shown} is a safetensors file, but no snapshot: it lacks the header {KEY!r}")
             slices = {name: saved.get_slice(name) for name in saved.keys()}  # noqa: SIM118 - no mapping
-            read = _reader(file)
+            read = _reader(files, stack.enter_context(ThreadPoolExecutor(_READERS)))
             tensors = {
                 name: Tensor(x.get_dtype(), tuple(x.get_shape()), partial(read, name)) for name, x in slices.items()
             }
@@ -344,31 +368,32 @@ def opened(path: str | os.PathLike[str]) -> Iterator[tuple[Snapshot, dict[str, T
             yield snapshot, tensors
 
 
-def _reader(file: FileIO) -> Callable[..., np.ndarray]:
-    """Reads tensors of a file that `safe_open` has found sound, each into memory of its own or of the caller's."""
-    begin = 8 + int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(begin - 8))
+def _reader(files: Sequence[FileIO], pool: ThreadPoolExecutor) -> Callable[..., np.ndarray]:
+    """Reads tensors of a file that `safe_open` has found sound; each of `files` is that file, for one thread."""
+    begin = 8 + int.from_bytes(files[0].read(8), "little")
+    header = json.loads(files[0].read(begin - 8))
+    pages = np.frombuffer(mmap.mmap(files[0].fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+
+    def fill(file: FileIO, start: int, share: np.ndarray) -> None:
+        file.seek(start)
+        done = 0
+        while done < share.size:
+            count = file.readinto(share.data[done : done + _BLOCK])
+            if not count:
+                raise SnapshotError(f"{os.fspath(file.name)!r} has become shorter while it was read: get it again")
+            done += count
 
     def read(name: str, into: np.ndarray | None = None) -> np.ndarray:
-        start, end = header[name]["data_offsets"]
-        data = _aligned(end - start) if into is None else into
-        file.seek(begin + start)
-        done = 0
-        while done < end - start:
-            count = file.readinto(data.data[done : done + _BLOCK])
-            if not count:
-                raise SnapshotError(f"{os.fspath(file.name)!r} has become shorter while it was read")
-            done += count
-        return data if into is not None else data.view(_numpy(header[name]["dtype"])).reshape(header[name]["shape"])
+        start, end = (begin + offset for offset in header[name]["data_offsets"])
+        if into is None:
+            return pages[start:end].view(_numpy(header[name]["dtype"])).reshape(header[name]["shape"])
+        shares = np.array_split(into, max(1, min(len(files), into.size // _BLOCK)))
+        starts = accumulate((share.size for share in shares), initial=start)
+        for _ in pool.map(fill, files, starts, shares):  # raises what a thread has raised
+            pass
+        return into
 
     return read
-
-
-def _aligned(size: int) -> np.ndarray:
-    """New bytes at a multiple of 64, as TensorFlow and JAX want them, which then need no copy."""
-    data = np.empty(size + 64, np.uint8)
-    begin = -data.ctypes.data % 64
-    return data[begin : begin + size]
 
 
 def _numpy(dtype: str) -> np.dtype[Any]:
@@ -378,6 +403,7 @@ def _numpy(dtype: str) -> np.dtype[Any]:
     return np.dtype({x: name for name, x in NUMPY.items()}[dtype])
 
 
+_AGAIN = "a file that says so is damaged: get it again from where it was written"
 _NEWER = "it was written by a newer adamp-parity: pip install --upgrade adamp-parity"
 
 
