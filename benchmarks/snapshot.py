@@ -180,7 +180,7 @@ Make = Callable[[list[Shape], str], tuple[Callable[[Path], Any], Callable[[Path]
 def measure(
     backend: str, shapes: list[Shape], entries: list[Entry], warm: bool, rounds: int, directory: str | None
 ) -> list[Entry]:
-    """Measures the memory of saving and loading in a first round, and the time of everything in further ones.
+    """Measures the memory of a second save and load, then the time of everything in further rounds.
 
     Args:
       backend, shapes, warm, rounds, directory: as for `ask`.
