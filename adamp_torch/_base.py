@@ -277,7 +277,8 @@ class ProjectedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes what `load_state_dict` (state and groups, nothing else) or unpickling brings, after checking all of it.
 
-        A group option that a checkpoint lacks, as those of adamp 0.3.0 and timm do, stays what it is here.
+        A group option that a checkpoint lacks, as those of adamp 0.3.0 and timm do, stays what it is here; one that
+        it has is taken, `layouts` of None, which are PyTorch's own, too.
 
         Raises:
           ValueError, TypeError, RuntimeError: the state belongs to another model or optimizer, or a group
@@ -288,8 +289,6 @@ class ProjectedOptimizer(Optimizer):
             for name, value in own.items():
                 group.setdefault(name, value)
             group["foreach"], group["fused"] = own["foreach"], own["fused"]  # they choose a path, not a result
-            if group["layouts"] is None:
-                group["layouts"] = own["layouts"]
         for group, paths in zip(groups, parameter_paths(groups), strict=True):
             self._check_group(group, paths)
             for path, param in zip(paths, group["params"], strict=True):

@@ -504,6 +504,15 @@ def test_stacks_of_the_other_libraries():
         assert (pair.source, pair.target, pair.note) == (("0.*", "1.*", "2.*"), (place,), ONLY_ONE)
 
 
+def test_layers_without_numbers_are_no_stack():
+    """Which of them is the first of the stack, nothing tells."""
+    source = torch_named(inner=nn.Linear(4, 4), outer=nn.Linear(4, 4), alpha=nn.Linear(4, 4))
+    stacked = eqx.filter_vmap(lambda key: eqx.nn.Linear(4, 4, key=key))(jax.random.split(KEY, 3))
+    found = propose(source, equinox_of({"deep": stacked}))
+    assert found.map.pairs == ()
+    assert len(found.unmatched_source + found.unmatched_target) == 4
+
+
 def test_a_stack_of_another_depth_is_shown():
     found = propose(torch_deep(2), linen_of(Scanned(), VECTORS))
     assert found.map.pairs == ()
@@ -591,10 +600,14 @@ def test_nothing_is_taken_twice():
     assert len(found.unmatched_source + found.unmatched_target) == 5
 
 
-def test_names_that_count_otherwise_do_not_make_a_map():
+def test_what_names_leave_of_layers_that_are_alike_is_not_the_only_one_that_fits():
+    """The names count otherwise here, so that `dense_1` is the wrong one."""
     source = torch_named(dense_1=nn.Linear(4, 4), dense_2=nn.Linear(4, 4))
-    found = propose(source, keras_named(kl.Dense(4, name="dense"), kl.Dense(4, name="dense_1")))
-    assert [x.layer.path for x in found.unmatched_source + found.unmatched_target] == ["dense_2", "m/dense"]
+    pairs = complete(source, keras_named(kl.Dense(4, name="dense"), kl.Dense(4, name="dense_1")))
+    assert [(pair.source, pair.target, pair.note) for pair in pairs] == [
+        (("dense_2.*",), ("m/dense/*",), IN_ORDER),
+        (("dense_1.*",), ("m/dense_1/*",), ""),
+    ]
 
 
 def uncounted():
@@ -661,12 +674,7 @@ def nnx_one(layer, *args, **kw):
         (
             lambda: torch_named(one=nn.Conv2d(4, 8, 3, groups=4)),
             lambda: keras_named(kl.DepthwiseConv2D(3, depth_multiplier=2), shape=(8, 8, 4)),
-            *("depthwise_conv", {"in": 4}),
-        ),
-        (
-            lambda: torch_inventory(nn.Sequential(nn.Conv2d(4, 8, 3, groups=4, bias=False), nn.Conv2d(8, 6, 1))),
-            lambda: keras_named(kl.SeparableConv2D(6, 3, depth_multiplier=2), shape=(8, 8, 4)),
-            *("separable_conv", {"in": 4}),
+            *("depthwise_conv", {"in": 4, "m": 2}),
         ),
         (
             lambda: torch_named(one=nn.PReLU(4)),
@@ -676,7 +684,7 @@ def nnx_one(layer, *args, **kw):
         (
             lambda: torch_named(one=nn.Linear(8, 8, bias=False)),
             lambda: keras_named(kl.EinsumDense("ai,ihd->ahd", (2, 4)), shape=(8,)),
-            *("dense_general_out", {"heads": 2}),
+            *("dense_general_out", {"dim": 4, "heads": 2}),
         ),
         (  # the first and the last are both of one size
             lambda: keras_named(kl.EinsumDense("ahd,hdo->ao", (8,)), shape=(8, 2)),
@@ -803,3 +811,101 @@ def test_a_dense_layer_after_flattened_images_is_left_to_the_user():
     found = propose(keras_inventory(keras_flattening(False)), there)  # the order is the same
     assert not found.unmatched_source
     assert not found.unmatched_target
+
+
+def nnx_like(**modules):
+    """The same layers, channels last; NNX has no row for a norm over whole images."""
+    rngs = nnx.Rngs(0)
+    make = {
+        nn.Conv2d: lambda x: nnx.Conv(
+            *(x.in_channels, x.out_channels, x.kernel_size),
+            use_bias=x.bias is not None,
+            feature_group_count=x.groups,
+            rngs=rngs,
+        ),
+        nn.ConvTranspose2d: lambda x: nnx.ConvTranspose(x.in_channels, x.out_channels, x.kernel_size, rngs=rngs),
+        nn.Linear: lambda x: nnx.Linear(x.in_features, x.out_features, use_bias=x.bias is not None, rngs=rngs),
+        nn.BatchNorm1d: lambda x: nnx.BatchNorm(x.num_features, rngs=rngs),
+        nn.BatchNorm2d: lambda x: nnx.BatchNorm(x.num_features, rngs=rngs),
+        nn.LayerNorm: lambda x: nnx.LayerNorm(*x.normalized_shape, rngs=rngs),
+        nn.Embedding: lambda x: nnx.Embed(x.num_embeddings, x.embedding_dim, rngs=rngs),
+        nn.MultiheadAttention: lambda x: nnx.MultiHeadAttention(x.num_heads, x.embed_dim, decode=False, rngs=rngs),
+        nn.LSTM: lambda x: nnx.OptimizedLSTMCell(x.input_size, x.hidden_size, rngs=rngs),
+    }
+    return nnx_of(nnx.Dict({name: make[type(x)](x) for name, x in modules.items() if name != "image_norm"}))
+
+
+@pytest.mark.parametrize(
+    ("left", "modules"),
+    [
+        ("value policy", {"conv": nn.Conv2d(1, 8, 3), "value": nn.Linear(288, 1), "policy": nn.Linear(288, 4)}),
+        ("head", {"conv": nn.Conv2d(1, 8, 3), "image_norm": nn.LayerNorm((8, 6, 6)), "head": nn.Linear(288, 4)}),
+        ("fc", {"fc": nn.Linear(4, 32), "up": nn.ConvTranspose2d(8, 1, 2)}),
+        ("head", {"conv": nn.Conv2d(32, 8, 3, bias=False), "head": nn.Linear(32, 4)}),
+        ("head", {"conv": nn.Conv2d(1, 16, 3), "second": nn.Conv2d(16, 4, 3), "head": nn.Linear(16, 4)}),
+        ("head", {"head": nn.Linear(288, 4), "conv": nn.Conv2d(1, 8, 3)}),
+        ("rnn", {"conv": nn.Conv2d(1, 8, 3), "rnn": nn.LSTM(48, 5)}),
+        ("attention", {"conv": nn.Conv2d(1, 8, 3), "attention": nn.MultiheadAttention(48, 2)}),
+        ("norm head", {"conv": nn.Conv2d(1, 8, 3), "norm": nn.BatchNorm1d(32), "head": nn.Linear(32, 4)}),
+        (
+            "fc norm",
+            {"fc": nn.Linear(4, 32, bias=False), "norm": nn.BatchNorm1d(32), "up": nn.ConvTranspose2d(8, 1, 2)},
+        ),
+        ("label", {"label": nn.Embedding(10, 32), "up": nn.ConvTranspose2d(8, 1, 2)}),
+        (
+            "mean spread fc",
+            {
+                **{"conv": nn.Conv2d(1, 8, 3), "mean": nn.Linear(32, 4), "spread": nn.Linear(32, 4)},
+                **{"fc": nn.Linear(4, 32), "up": nn.ConvTranspose2d(8, 1, 2)},
+            },
+        ),
+        (
+            "a",
+            {"conv": nn.Conv2d(1, 8, 3), "a": nn.Linear(288, 16), "b": nn.Linear(16, 32), "c": nn.Linear(32, 4)},
+        ),
+        ("", {"conv": nn.Conv2d(1, 8, 3), "norm": nn.BatchNorm2d(8), "head": nn.Linear(8, 4)}),
+        ("", {"conv": nn.Conv2d(1, 8, 3), "rnn": nn.LSTM(8, 5), "head": nn.Linear(5, 4)}),
+        (
+            "",
+            {
+                **{"patches": nn.Conv2d(3, 8, 4), "norm": nn.LayerNorm(8), "attention": nn.MultiheadAttention(8, 2)},
+                **{"norm_out": nn.LayerNorm(8), "up": nn.Linear(8, 32), "down": nn.Linear(32, 8)},
+                **{"last": nn.LayerNorm(8), "head": nn.Linear(8, 4)},
+            },
+        ),
+        (
+            "",
+            {
+                **{"a": nn.Conv2d(1, 4, 3), "norm": nn.BatchNorm2d(4), "b": nn.Conv2d(4, 8, 3)},
+                **{"up": nn.ConvTranspose2d(8, 4, 2), "both": nn.BatchNorm2d(8), "c": nn.Conv2d(8, 4, 3)},
+                "out": nn.Conv2d(4, 1, 1),
+            },
+        ),
+        (
+            "",
+            {
+                **{"conv": nn.Conv2d(1, 8, 3), "squeeze": nn.Linear(8, 2), "excite": nn.Linear(2, 8)},
+                **{"next": nn.Conv2d(8, 8, 3), "squeeze_2": nn.Conv2d(8, 2, 1), "excite_2": nn.Conv2d(2, 8, 1)},
+                "head": nn.Linear(8, 4),
+            },
+        ),
+        (
+            "",
+            {
+                **{"stem": nn.Conv2d(3, 8, 4), "norm": nn.LayerNorm(8), "depthwise": nn.Conv2d(8, 8, 7, groups=8)},
+                **{"inner": nn.LayerNorm(8), "up": nn.Linear(8, 32), "down": nn.Linear(32, 8)},
+                "again": nn.Conv2d(8, 8, 7, groups=8),
+            },
+        ),
+    ],
+)
+def test_layers_around_which_images_may_be_flattened_or_made_are_left_to_the_user(left, modules):
+    for name, x in modules.items():
+        if name == "rnn":
+            x.bias_hh_l0.requires_grad_(False)
+    source = torch_named(**modules)
+    for found in (propose(source, nnx_like(**modules)), propose(nnx_like(**modules), source)):
+        for unmatched in (found.unmatched_source, found.unmatched_target):
+            assert " ".join(x.layer.path for x in unmatched if x.layer.path != "image_norm") == left
+            assert all("after Flatten" in x.why for x in unmatched if x.layer.path != "image_norm")
+        assert len(found.map.pairs) == len(modules.keys() - {"image_norm"}) - len(left.split())

@@ -1,5 +1,6 @@
 """Maps: a snapshot goes over and comes back bit for bit, and what is no bijection or another optimizer is refused."""
 
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -280,6 +281,38 @@ def test_stacks_that_are_none():
         there.apply(*made({"scan/kernel": (3, 3, 4)}, {"scan/kernel": Layout(-1, 0)}))
 
 
+@pytest.mark.parametrize("target", ["haiku", "equinox"])
+def test_statistics_that_the_other_row_has_not(target):
+    sizes = {"...": 2} if target == "haiku" else {}
+    given = made(only("bn"), others={name: OTHERS[name] for name in ("bn.running_mean", "bn.running_var")})
+    pair = replace(NORM, sizes=sizes)
+    refused(f"no place in {target} for running_mean, running_var", [pair], given, target)
+    apart = replace(pair, source=({"weight": "bn.weight", "bias": "bn.bias"},))
+    own = [Pair("same", (name,), (f"bn/{name}",)) for name in ("bn.running_mean", "bn.running_var")]
+    _, moved = Map("torch", target, (apart, *own)).apply(*given)
+    assert {"other/bn/bn.running_mean", "other/bn/bn.running_var"} < set(moved)
+
+
+@pytest.mark.parametrize("place", ["fc.weight", {"weight": "fc.weight", "bias": "fc.weight"}])
+def test_one_name_for_two_tensors_of_a_layer(place):
+    given = made({"fc.weight": (3, 4), "fc.bias": (3,)})
+    refused("weight, bias would be one tensor of the source", [Pair("dense", (place,), ("fc/*",))], given)
+    to = place if isinstance(place, str) else {"kernel": "fc.weight", "bias": "fc.weight"}
+    refused("several tensors would be 'fc.weight' of the target", [Pair("dense", ("fc.*",), (to,))], given)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_stack_along_an_axis_after_one_of_size_1(size):
+    names = ["0.weight", "1.weight"]
+    given, tensors = made(dict.fromkeys(names, (4, size)))
+    there = Map("torch", "linen", (Pair("dense", ("0.*", "1.*"), ("scan/*",), stack=1),))
+    moved, held = there.apply(given, tensors)
+    assert moved.parameters["scan/kernel"].layout == Layout(2, 1)
+    back, returned = there.reversed().apply(moved, held)
+    assert {entry.layout for entry in back.parameters.values()} == {Layout(0)}
+    check_same(arrays(tensors), arrays(returned))
+
+
 def test_one_name_for_a_parameter_and_something_else():
     given, tensors = made({"w": (2, 3)}, others={"w": np.zeros(2, np.float32)})
     refused("is a parameter of the snapshot and another tensor", [Pair("same", ("w",), ("w",))], (given, tensors))
@@ -361,6 +394,31 @@ def test_one_layer_at_a_time_is_read():
     assert held == [(20,)]
     moved["m/conv/kernel"].read()
     assert held == [(20,), (6, 4, 3, 3)]
+
+
+def test_a_stack_is_read_once_and_filled_in_place():
+    count, edge = 8, 128
+    stack = {"scan/kernel": (count, edge, edge), "scan/bias": (count, edge)}
+    given, tensors = made(stack, {"scan/kernel": Layout(-1, 0), "scan/bias": Layout(None)}, algorithm="sgdp")
+    asked = []
+
+    def counting(name, x):
+        return x._replace(read=lambda: (asked.append(name), x.read().copy())[1])
+
+    there = Map("linen", "torch", (Pair("dense", ("scan/*",), tuple(f"{i}.*" for i in range(count))),))
+    moved, held = there.apply(given, {name: counting(name, x) for name, x in tensors.items()})
+    for x in held.values():
+        x.read()
+    assert sorted(asked) == sorted(tensors)
+
+    parts = {name: tensor(np.ascontiguousarray(x.read())) for name, x in held.items()}
+    _, again = there.reversed().apply(moved, parts)
+    tracemalloc.start()
+    again["parameter/scan/kernel"].read()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < (count + 3) * edge * edge * 4
+    check_same(arrays(tensors), arrays(again))
 
 
 def test_every_row_of_the_table_comes_back():

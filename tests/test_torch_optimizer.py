@@ -792,6 +792,16 @@ def test_a_checkpoint_brings_no_path_and_takes_no_layout():
     assert int(optimizer.state[p]["step"]) == 1
 
 
+def test_a_checkpoint_of_default_layouts_brings_these():
+    p = parameter(4, 6)
+    saved = make("adamp", [p])
+    step(saved)
+    optimizer = make("adamp", [p], layouts={p: Layout(1)})
+    optimizer.load_state_dict(saved.state_dict())
+    assert optimizer.param_groups[0]["layouts"] is None
+    assert "Layout(channel=0)" in describe(optimizer)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

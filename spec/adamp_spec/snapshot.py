@@ -317,6 +317,7 @@ def write(path: str | os.PathLike[str], snapshot: Snapshot, tensors: Mapping[str
                     raise SnapshotError(f"{name} has {data.size} bytes, and {end - start} were announced")
                 for begin in range(0, data.size, _BLOCK):
                     file.write(data[begin : begin + _BLOCK].data)
+                del data  # before the next one is made
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

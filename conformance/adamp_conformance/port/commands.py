@@ -68,9 +68,7 @@ def map_models(console: Console, source: Training, target: Training, output: Pat
         found = propose(here, there)
         _print_proposal(console, found, here, there)
         if output is not None:
-            found.map.write(output)
-            with output.open("a") as opened:
-                opened.writelines(f"# unmatched: {line}\n" for line in _unmatched(found))
+            found.map.write(output, [f"unmatched: {line}" for line in _unmatched(found)])
             console.print(f"written to {output}", highlight=False)
     sys.exit(EXIT_REFUSED if _unmatched(found) else 0)
 
@@ -148,7 +146,7 @@ def _refused(console: Console) -> Iterator[None]:
     """Tells why something cannot be done."""
     try:
         yield
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         console.print(f"[red]refused[/]: {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(EXIT_REFUSED)
 
@@ -188,14 +186,18 @@ def _directed(given: Map, source: Inventory | None, target: Inventory | None) ->
 def _applied(
     plans: Sequence[Map], header: Snapshot, tensors: Mapping[str, Tensor]
 ) -> tuple[Map, Snapshot, dict[str, Tensor]]:
-    """The first map that fits a snapshot, and what it makes of it."""
-    refusals = []
+    """The one map that fits a snapshot, and what it makes of it."""
+    fitting, refusals = [], []
     for plan in plans:
         try:
-            return plan, *plan.apply(header, tensors)
+            fitting.append((plan, *plan.apply(header, tensors)))
         except MapError as error:
             refusals.append(f"{plan.source} to {plan.target}: {error}" if len(plans) > 1 else str(error))
-    raise MapError("; ".join(refusals))
+    if len(fitting) > 1:
+        raise MapError("the snapshot fits both sides of the map: give --from or --to")
+    if not fitting:
+        raise MapError("; ".join(refusals))
+    return fitting[0]
 
 
 def _check_target(made: Mapping[str, Tensor], target: Inventory | None) -> None:
@@ -288,12 +290,7 @@ def _by_name(tensors: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
 
 def _names(given: Map, row: str, framework: str, places: Iterable[Place]) -> list[str]:
     """What the tensors of a pair may be called in a model."""
-    if row == SAME:
-        own = [""]
-    else:
-        form, statistics = given.row(row).form(framework), given.row(row).statistics
-        own = [*form.pieces, *([form.counter] if form.counter else ())]
-        own += statistics.forms[framework].pieces if statistics and framework in statistics.forms else ()
+    own = ("",) if row == SAME else given.row(row).names(framework)
     named: list[str] = []
     for place in places:
         named += [place.replace("*", name) for name in own] if isinstance(place, str) else place.values()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 import numpy as np
@@ -46,16 +47,15 @@ def propose(source: Inventory, target: Inventory) -> Proposal:
 
     Two layers fit when a row of `layouts.toml` carries all tensors of the one into those of the other and back. What
     fits is matched by name; then, where equally many layers fit one another and nothing else, in order; then layers
-    that the other model stacks in one, likewise.
+    that the other model stacks in one, likewise. Where images may be flattened, the row may be another: such layers
+    are left to the user.
     """
-    source, target = _with_sequences(source, target), _with_sequences(target, source)
     work = _Matching(source, target)
-    work.match(work.left_source(), work.left_target())
-    work.match(_bundles(work.left_source(), source), work.left_target())
-    work.match(work.left_source(), _bundles(work.left_target(), target))
-    work.match(work.left_source(), work.left_target())  # where a layer of a stack would have fitted, too
-    pairs = tuple(pair for *_, pair in sorted(work.pairs, key=lambda each: each[1].places[0]))
-    return Proposal(Map(source.framework, target.framework, pairs), *work.unmatched())
+    work.match(work.left(0), work.left(1))
+    work.match(_bundles(work.left(0), source), work.left(1))
+    work.match(work.left(0), _bundles(work.left(1), target))
+    work.match(work.left(0), work.left(1))  # where a layer of a stack would have fitted, too
+    return work.proposal()
 
 
 class _Item(NamedTuple):
@@ -74,118 +74,107 @@ class _Item(NamedTuple):
     signature: tuple
 
 
+class _Found(NamedTuple):
+    """A pair of the map, and what it is made of: an item of the source, one of the target."""
+
+    items: tuple[_Item, _Item]
+    pair: Pair
+
+
 class _Matching:
     """Two inventories, the pairs that are found, and what is left."""
 
     def __init__(self, source: Inventory, target: Inventory) -> None:
-        self.source, self.target = source, target
-        self._turned = (source.framework in _CHANNELS_FIRST) != (target.framework in _CHANNELS_FIRST)
-        self.pairs: list[tuple[_Item, _Item, Pair]] = []
+        self.sides = source, target
+        self.found: list[_Found] = []
         self._fits: dict[tuple, _Fit | str] = {}
 
-    def left_source(self) -> list[_Item]:
-        taken = {place for item, _, _ in self.pairs for place in item.places}
-        return [_item(self.source, [i]) for i in range(len(self.source.layers)) if i not in taken]
-
-    def left_target(self) -> list[_Item]:
-        taken = {place for _, item, _ in self.pairs for place in item.places}
-        return [_item(self.target, [i]) for i in range(len(self.target.layers)) if i not in taken]
+    def left(self, side: int) -> list[_Item]:
+        """The layers of the source, 0, or the target, 1, that are in no pair."""
+        taken = {place for found in self.found for place in found.items[side].places}
+        return [_item(self.sides[side], [i]) for i in range(len(self.sides[side].layers)) if i not in taken]
 
     def fit(self, source: _Item, target: _Item) -> _Fit | str:
         """How two items fit, or why they do not."""
-        if self._turned and (_follows_images(self.source, source) or _follows_images(self.target, target)):
-            return _FLATTENED
         key = source.signature, target.signature
         if key not in self._fits:
-            self._fits[key] = _fit(self.source, source, self.target, target)
+            self._fits[key] = _fit(self.sides[0], source, self.sides[1], target)
         return self._fits[key]
 
     def match(self, sources: list[_Item], targets: list[_Item]) -> None:
         """Adds the pairs that names tell, and then those that order tells."""
-        prefixes = _prefix(self.source), _prefix(self.target)
-        for cut in (False, True):  # without the models' own names only where these do not say it
+        for ours, theirs in (((), ()), (_prefix(self.sides[0]), _prefix(self.sides[1]))):
             named: dict[tuple[str, ...], list[_Item]] = {}
             for item in sources:
-                for words in _names(item, prefixes[0] if cut else ()):
+                for words in _names(item, ours):
                     named.setdefault(words, []).append(item)
             for target in list(targets):
-                found = [x for words in _names(target, prefixes[1] if cut else ()) for x in named.get(words, ())]
-                fitting = {x.places: x for x in found if x in sources and isinstance(self.fit(x, target), _Fit)}
+                same = [x for words in _names(target, theirs) for x in named.get(words, ())]
+                fitting = {x.places: x for x in same if x in sources and isinstance(self.fit(x, target), _Fit)}
                 if len(fitting) == 1:
                     (source,) = fitting.values()
                     self._add(source, target, "")
                     sources, targets = _without(sources, source), _without(targets, target)
-        for loosely in (False, True):
-            for ours, theirs in self._in_order(sources, targets, loosely):
-                if not any(self._crosses(s, t) for s, t in zip(ours, theirs, strict=True)):
-                    for s, t in zip(ours, theirs, strict=True):
-                        self._add(s, t, IN_ORDER if len(ours) > 1 else ONLY_ONE)
-                        sources, targets = _without(sources, s), _without(targets, t)
+        named_alike = {tuple(x.signature for x in found.items) for found in self.found}
+        for group in self._in_order(sources, targets):
+            for source, target in group:
+                alone = len(group) == 1 and (source.signature, target.signature) not in named_alike
+                self._add(source, target, ONLY_ONE if alone else IN_ORDER)
 
-    def _in_order(
-        self, sources: list[_Item], targets: list[_Item], loosely: bool
-    ) -> list[tuple[list[_Item], list[_Item]]]:
-        """Equally many items that fit one another and nothing else.
+    def _in_order(self, sources: list[_Item], targets: list[_Item]) -> Iterator[list[tuple[_Item, _Item]]]:
+        """Equally many items that fit one another and nothing else, and of which no two share a layer.
 
-        Parameters of one module have no order that all frameworks know, so that their own names must agree. Only where
-        there is one, `loosely`, it may have another name.
+        Parameters of one module have no order that all frameworks know; of several, their own names must agree.
         """
         groups: dict[frozenset[int], list[_Item]] = {}
         for target in targets:
-            fitting = frozenset(
-                i
-                for i, x in enumerate(sources)
-                if isinstance(self.fit(x, target), _Fit) and (loosely or _alike(x, target))
-            )
+            fitting = frozenset(i for i, x in enumerate(sources) if isinstance(self.fit(x, target), _Fit))
             groups.setdefault(fitting, []).append(target)
-        found = []
-        for fitting, group in groups.items():
-            ours = [sources[i] for i in sorted(fitting)]
-            told = not loosely or len(group) == 1 or all(x.layers[0].kind != PARAMETER for x in (*ours, *group))
-            if told and len(ours) == len(group) and not any(fitting & other for other in groups if other != fitting):
-                found.append((ours, group))
-        return found
-
-    def _crosses(self, source: _Item, target: _Item) -> bool:
-        """Whether names have put layers of this fit into another order, so that order tells nothing."""
-        return any(
-            (source.places < s.places) != (target.places < t.places)
-            for s, t, _ in self.pairs
-            if (s.signature, t.signature) == (source.signature, target.signature) and _alike(s, source)
-        )
+        for fitting, theirs in groups.items():
+            if len(fitting) != len(theirs) or any(fitting & other for other in groups if other != fitting):
+                continue
+            ours = sorted((sources[i] for i in sorted(fitting)), key=_own_name)
+            theirs = sorted(theirs, key=_own_name)
+            if len(ours) == 1 or list(map(_own_name, ours)) == list(map(_own_name, theirs)):
+                yield list(zip(ours, theirs, strict=True))
 
     def _add(self, source: _Item, target: _Item, note: str) -> None:
         fit = self.fit(source, target)
         assert isinstance(fit, _Fit)
-        self.pairs.append((source, target, fit.pair(source, target, note)))
+        self.found.append(_Found((source, target), fit.pair(source, target, note)))
 
-    def unmatched(self) -> tuple[tuple[Unmatched, ...], tuple[Unmatched, ...]]:
-        sources, targets = self.left_source(), self.left_target()
+    def proposal(self) -> Proposal:
+        """The map without the pairs whose row may be another, and why layers are in none."""
+        unmatched: tuple[list[Unmatched], list[Unmatched]] = ([], [])
+        turned = (self.sides[0].framework in _CHANNELS_FIRST) != (self.sides[1].framework in _CHANNELS_FIRST)
+        flattened = [_flattened(inventory) if turned else set() for inventory in self.sides]
+        kept = []
+        for found in sorted(self.found, key=lambda each: each.items[1].places[0]):
+            if not any(places & set(item.places) for places, item in zip(flattened, found.items, strict=True)):
+                kept.append(found.pair)
+                continue
+            for own, item, other in zip(unmatched, found.items, found.items[::-1], strict=True):
+                why = _FLATTENED.format(other=other.path, row=found.pair.row)
+                own.extend(Unmatched(layer, why) for layer in item.layers)
+        for side in (0, 1):
+            items, others = self.left(side), self.left(1 - side)
+            unmatched[side].extend(Unmatched(x.layers[0], self._why(side, x, items, others)) for x in items)
+        source, target = (inventory.framework for inventory in self.sides)
+        return Proposal(Map(source, target, tuple(kept)), *map(tuple, unmatched))
 
-        def why(own: Sequence[_Item], others: Sequence[_Item], reasons: list[_Fit | str], at: int) -> str:
-            """Why `own[at]` is left, whose fits to the others are `reasons`."""
-            fitting = [x.path for x, fit in zip(others, reasons, strict=True) if isinstance(fit, _Fit)]
-            if fitting:
-                rivals = [x.path for i, x in enumerate(own) if x.signature == own[at].signature and i != at]
-                also = f", as do {_some(rivals)}" if rivals else ""
-                return f"fits {_some(fitting)}{also}; neither names nor order tell which is which: say it in the map"
-            near: dict[str, list[str]] = {}
-            for x, fit in zip(others, reasons, strict=True):
-                near.setdefault(str(fit), []).append(x.path)
-            near.pop(_OTHER_KIND, None)
-            texts = [f"with {_some(paths)}: {reason}" for reason, paths in near.items()]
-            return "; ".join(texts[:3]) or "nothing of its kind is left in the other model"
-
-        return (
-            tuple(
-                Unmatched(x.layers[0], why(sources, targets, [self.fit(x, t) for t in targets], i))
-                for i, x in enumerate(sources)
-            ),
-            tuple(
-                Unmatched(x.layers[0], why(targets, sources, [self.fit(s, x) for s in sources], i))
-                for i, x in enumerate(targets)
-            ),
-        )
+    def _why(self, side: int, item: _Item, own: Sequence[_Item], others: Sequence[_Item]) -> str:
+        """Why an item is left, among its own and those of the other model."""
+        near: dict[str, list[str]] = {}  # why not -> those that do not fit for it
+        for other in others:
+            fit = self.fit(other, item) if side else self.fit(item, other)
+            near.setdefault("" if isinstance(fit, _Fit) else fit, []).append(other.path)
+        if fitting := near.get("", []):
+            rivals = [x.path for x in own if x.signature == item.signature and x != item]
+            also = f", as do {_some(rivals)}" if rivals else ""
+            return f"fits {_some(fitting)}{also}; neither names nor order tell which is which: say it in the map"
+        near.pop(_OTHER_KIND, None)
+        texts = [f"with {_some(paths)}: {reason}" for reason, paths in near.items()]
+        return "; ".join(texts[:3]) or "nothing of its kind is left in the other model"
 
 
 # ------------------------------------------------------------------------------------------------ names
@@ -207,11 +196,9 @@ def _names(item: _Item, prefix: tuple[str, ...]) -> set[tuple[str, ...]]:
     return {words, words[len(prefix) :]}
 
 
-def _alike(source: _Item, target: _Item) -> bool:
-    """Whether two items, if one is a parameter, have the same name in their modules."""
-    if PARAMETER not in (source.layers[0].kind, target.layers[0].kind):
-        return True
-    return _words(source.path)[-1:] == _words(target.path)[-1:]
+def _own_name(item: _Item) -> tuple[str, ...]:
+    """Of a parameter, what its module calls it."""
+    return _words(item.path)[-1:] if item.layers[0].kind == PARAMETER else ()
 
 
 def _without(items: Iterable[_Item], taken: _Item) -> list[_Item]:
@@ -242,71 +229,100 @@ def _item(inventory: Inventory, places: Sequence[int], path: str | None = None) 
 
 
 def _bundles(items: Sequence[_Item], inventory: Inventory) -> list[_Item]:
-    """Layers that the other model may stack: alike, and told apart by one number in their paths or by nothing."""
+    """Layers that the other model may stack: alike, and told apart by one number in their paths."""
     groups: dict[tuple, dict[int, int]] = {}
     for item in items:
-        (place,) = item.places
-        groups.setdefault(("", item.signature), {})[place] = place
         for number in re.finditer(r"\d+", item.path):
             path = item.path[: number.start()] + item.path[number.end() :]
-            groups.setdefault((path, number.start(), item.signature), {})[int(number[0])] = place
-    bundles: dict[tuple[int, ...], _Item] = {}
-    for (path, *_), found in groups.items():
-        if len(found) > 1:
-            places = tuple(found[number] for number in sorted(found))
-            bundles[places] = _item(inventory, places, path)  # a path tells more than none
-    return list(bundles.values())
+            groups.setdefault((path, number.start(), item.signature), {})[int(number[0])] = item.places[0]
+    return [
+        _item(inventory, [found[number] for number in sorted(found)], path)
+        for (path, *_), found in groups.items()
+        if len(found) > 1
+    ]
 
 
-def _with_sequences(own: Inventory, other: Inventory) -> Inventory:
-    """PyTorch's sequences that are one layer in the other model, such as Keras' separable convolution, joined."""
-    kinds = {layer.kind for layer in other.layers}
-    joined = list(own.layers)
-    for row in layers.rows().values():
-        if own.framework != "torch" or "Sequential" not in row.forms["torch"].layer or other.framework not in row.forms:
-            continue
-        if not kinds & classes(row.forms[other.framework], other.framework):
-            continue
-        for first, second in zip(own.layers, own.layers[1:], strict=False):
-            path = first.path.removesuffix("0")
-            parts = {f"0.{name}": x for name, x in first.tensors.items()}
-            parts |= {f"1.{name}": x for name, x in second.tensors.items()}
-            whole = Layer(path.removesuffix("."), "Sequential", parts, {})
-            ends = path == "" or path.endswith(".")
-            if (first.path, second.path) == (f"{path}0", f"{path}1") and ends and _fits_any(whole, own, other):
-                joined[joined.index(first)] = whole
-                joined.remove(second)
-    return own._replace(layers=tuple(joined))
+# ------------------------------------------------------------------------------------------------ flattened images
 
 
-def _follows_images(inventory: Inventory, item: _Item) -> bool:
-    """Whether an item is a dense layer right after a convolution and has other inputs than that has channels."""
-    framework, layer = inventory.framework, item.layers[0]
-    dense = layers.rows()["dense"]
-    before = [x for x in inventory.layers[: item.places[0]] if max(map(len, _shapes(inventory, x).values())) > 1]
-    if layer.kind not in classes(dense.form(framework), framework) or not before or "Conv" not in before[-1].kind:
-        return False
-    channels = set()
-    for row in (row for name, row in layers.rows().items() if "conv" in name and framework in row.forms):
-        with suppress(KeyError, ValueError):  # the convolution of another row
-            sizes = layers.axis_sizes(row, _shapes(inventory, before[-1]), framework, framework, before[-1].sizes)
-            channels.add(sizes["out"] * sizes.get("groups", 1) if "out" in sizes else sizes["in"] * sizes["m"])
-    inputs = layers.axis_sizes(dense, _shapes(inventory, layer), framework, framework)["in"]
-    return bool(channels) and inputs not in channels
+class _Features(NamedTuple):
+    """How many features a layer takes and gives.
+
+    Attributes:
+      kind: "conv"; "dense" for what else makes features of features; "norm" for all others, which give what they take.
+      taken, given: the numbers that its rows allow; empty where they count no features.
+    """
+
+    kind: str
+    taken: set[int]
+    given: set[int]
 
 
-def _fits_any(layer: Layer, own: Inventory, other: Inventory) -> bool:
-    own = own._replace(layers=(layer,))
-    targets = (_item(other, [i]) for i in range(len(other.layers)))
-    return any(isinstance(_fit(own, _item(own, [0]), other, target), _Fit) for target in targets)
+def _flattened(inventory: Inventory) -> set[int]:
+    """The places of the layers before which images may be flattened, or of whose outputs images may be made.
+
+    In a model with convolutions, these are the layers that take what no layer before them gives, and those beside a
+    convolution, norms aside, whose features are not its channels.
+    """
+    features = [_features(inventory, layer) for layer in inventory.layers]
+    images = {n for x in features if x.kind == "conv" for n in x.taken}
+    if not images:
+        return set()
+
+    def agree(own: set[int], others: set[int]) -> bool:
+        return not own or bool(own & (others | {1}))  # one feature has no order
+
+    found: set[int] = set()
+    known: set[int] = set()
+    for i, x in enumerate(features):
+        norm = x.kind == "norm"
+        near = (next((y for y in beside if y.kind != "norm"), x) for beside in (features[:i][::-1], features[i + 1 :]))
+        before, after = (y if y.kind == "conv" != x.kind else None for y in near)
+        if norm and before and after:  # it may be of either, and after a concatenation
+            before = after = None
+        gives = after is None or agree(x.given, after.taken)
+        takes = x.kind == "conv" or agree(x.taken, known | images if norm else known)
+        if not (gives and takes and (before is None or agree(x.taken, before.given))):
+            found.add(i)
+        if gives and not norm:
+            known |= x.given
+    return found
+
+
+def _features(inventory: Inventory, layer: Layer) -> _Features:
+    """What the rows of a layer's class say of its features."""
+    framework, kind = inventory.framework, "norm"
+    taken: set[int] = set()
+    given: set[int] = set()
+    possible = [row for row in layers.rows().values() if _may_be(row, framework, layer)]
+    possible += [row.statistics for row in possible if row.statistics and framework in row.statistics.forms]
+    for row in possible:
+        sizes = _sizes(row, inventory, layer, framework, layer.sizes)
+        size = partial(_first_product, sizes)
+        if "channel" in sizes:
+            if max(map(math.prod, _shapes(inventory, layer).values())) == sizes["channel"]:  # not over whole images
+                taken, given = taken | {sizes["channel"]}, given | {sizes["channel"]}
+        elif sizes:
+            kind = "conv" if "conv" in row.name else "dense"
+            taken |= size(("in", "groups"), ("heads", "dim"))
+            given |= size(("out", "groups"), ("hidden",), ("m", "in"), ("heads", "dim"), ("dim",))
+            given |= {2 * n for n in size(("hidden",))}  # in both directions
+    return _Features(kind, taken, given)
+
+
+def _first_product(sizes: Mapping[str, int], *choices: tuple[str, ...]) -> set[int]:
+    """The size of the first of these axes that is there, together with those that belong to it."""
+    found = (math.prod(sizes.get(axis, 1) for axis in axes) for axes in choices if axes[0] in sizes)
+    return set(islice(found, 1))
 
 
 # ------------------------------------------------------------------------------------------------ fits
 
 _OTHER_KIND = "another kind"
 _FLATTENED = (
-    "has other inputs than the convolution before it has channels: after Flatten they are in another order there, so "
-    "write its row (docs/porting.md)"
+    "is {other!r}, but one of them takes or gives other features than the layers around it: after Flatten or before "
+    "Reshape these are in another order there, so write its row (docs/porting.md); if nothing is flattened or reshaped "
+    "there, its row is {row!r}: write it into the map"
 )
 _CHANNELS_FIRST = {"torch", "equinox"}
 _WOULD_BE = "would be "
@@ -356,23 +372,31 @@ def _candidates(source: Inventory, ours: Layer, target: Inventory, theirs: Layer
         return
     sides = (source, ours), (target, theirs)
     for name, row in layers.rows().items():
-        if any(
-            inventory.framework not in row.forms
-            or layer.kind not in classes(row.forms[inventory.framework], inventory.framework)
-            or (layer.rows and name not in layer.rows)
-            for inventory, layer in sides
-        ):
+        if not all(_may_be(row, inventory.framework, layer) for inventory, layer in sides):
             continue
         known = {**ours.sizes, **theirs.sizes}
-        told: dict[str, int] = {}
-        for (inventory, layer), (other, _) in (sides, sides[::-1]):
-            shapes = _shapes(inventory, layer)
-            parameters = {x: shape for x, shape in shapes.items() if x in row.forms[inventory.framework].pieces}
-            with suppress(ValueError):  # that it does not fit is said when it is carried
-                told |= layers.axis_sizes(row, parameters, inventory.framework, other.framework, known)
+        here, there = (_sizes(row, *own, other.framework, known) for own, (other, _) in (sides, sides[::-1]))
+        untold = {axis: (here | there)[axis] for axis in sorted(here.keys() ^ there.keys())}  # by one of them
         for zero in dict.fromkeys(((), _frozen(*sides[0]), _frozen(*sides[1]))):
-            for axis in (None, *told):
-                yield _Fit(name, known if axis is None else {axis: told[axis]} | known, zero)
+            yield _Fit(name, untold | known, zero)
+
+
+def _sizes(
+    row: layers.Row, inventory: Inventory, layer: Layer, target: str, known: Mapping[str, int]
+) -> dict[str, int]:
+    """The sizes of a row's axes that a layer's parameters tell; none if it is not of this row."""
+    names = row.form(inventory.framework).pieces
+    shapes = {name: shape for name, shape in _shapes(inventory, layer).items() if name in names}
+    with suppress(ValueError):
+        return layers.axis_sizes(row, shapes, inventory.framework, target, known)
+    return {}
+
+
+def _may_be(row: layers.Row, framework: str, layer: Layer) -> bool:
+    """Whether a row is of a layer's class."""
+    if framework not in row.forms or (layer.rows and row.name not in layer.rows):
+        return False
+    return layer.kind in classes(row.forms[framework], framework)
 
 
 def _shapes(inventory: Inventory, layer: Layer) -> dict[str, tuple[int, ...]]:

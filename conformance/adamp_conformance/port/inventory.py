@@ -291,12 +291,9 @@ def _tensors(framework: str) -> dict[str, tuple[str, ...]]:
     """Class -> the names that `layouts.toml` has for its tensors, in all rows."""
     names: dict[str, dict[str, None]] = {}
     for row in rows().values():
-        for each in (row, row.statistics):
-            if each and framework in each.forms:
-                form = each.forms[framework]
-                for kind in classes(row.forms[framework], framework) - _CONTAINERS:
-                    counter = () if form.counter is None else (form.counter,)
-                    names.setdefault(kind, {}).update(dict.fromkeys((*form.pieces, *counter)))
+        if framework in row.forms:
+            for kind in classes(row.forms[framework], framework) - _CONTAINERS:
+                names.setdefault(kind, {}).update(dict.fromkeys(row.names(framework)))
     return {kind: tuple(each) for kind, each in names.items()}
 
 

@@ -38,6 +38,7 @@ from adamp_spec.snapshot import MOMENTS, NUMPY, Entry, Snapshot, Tensor
 
 SAME = "same"
 Place = str | Mapping[str, str]
+_APART = "give each a name of its own, by a star or in a table"
 _NUMPY = {code: DTYPES.get(name, np.dtype(name)) for name, code in NUMPY.items()}  # those of safetensors -> NumPy's
 
 
@@ -110,9 +111,9 @@ class Map:
             pairs.append(Pair(**{**entry, **places, "zero": tuple(entry.get("zero", ()))}))
         return cls(table["source"], table["target"], tuple(pairs), table.get("rows", {}))
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """Writes what `read` reads."""
-        Path(path).write_text(tomli_w.dumps(self.to_dict()))
+    def write(self, path: str | os.PathLike[str], comments: Sequence[str] = ()) -> None:
+        """Writes what `read` reads, and comments after it."""
+        Path(path).write_text(tomli_w.dumps(self.to_dict()) + "".join(f"# {comment}\n" for comment in comments))
 
     def to_dict(self) -> dict[str, Any]:
         """The map as TOML has it."""
@@ -179,7 +180,7 @@ class Map:
 
 
 def convert_snapshot(source: str | os.PathLike[str], target: str | os.PathLike[str], map: Map) -> None:
-    """Writes to `target` what a map makes of the snapshot `source`; at most one layer of it is in memory.
+    """Writes to `target` what a map makes of the snapshot `source`; one layer of it is in memory, or one stack.
 
     Raises:
       MapError: as `Map.apply`; nothing is written.
@@ -253,16 +254,20 @@ class _Conversion:
             if len({frozenset(layer) for layer in made}) > 1:
                 raise ValueError("the layers of the stack do not all have the same tensors")
             made = [{name: _stacked([layer[name] for layer in made], pair.stack) for name in made[0]}]
-        for place, layer in zip(pair.target, made, strict=True):
-            for name, held in layer.items():
+        fresh: dict[str, _Held] = {}
+        for name in made[0]:  # a stack that is read once gives this to all layers
+            for place, layer in zip(pair.target, made, strict=True):
                 full = _full_name(place, name)
+                if full in fresh:
+                    raise ValueError(f"several tensors would be {full!r} of the target; {_APART}")
                 if full in self.made:
                     raise ValueError(f"{full!r} of the target is made by another pair, too")
-                self.made[full] = held
+                fresh[full] = layer[name]
+        self.made |= fresh
 
     def _take(self, place: Place, row: Row | None) -> dict[str, _Held]:
         """A layer's tensors by the row's names."""
-        names = _names(row, self.map.source)
+        names = row.names(self.map.source) if row else ("",)
         if isinstance(place, str):
             found = {name: full for name in names if (full := place.replace("*", name)) in self.left}
             missing = [] if found else [place]
@@ -272,7 +277,9 @@ class _Conversion:
         if missing:
             raise ValueError(f"the snapshot has no {missing}, or another pair took them; left are {list(self.left)}")
         if unknown := sorted(set(found) - set(names)):
-            raise ValueError(f"the row has no {unknown} in {self.map.source}; it has {names}")
+            raise ValueError(f"the row has no {unknown} in {self.map.source}; it has {list(names)}")
+        if len(set(found.values())) < len(found):
+            raise ValueError(f"several of {', '.join(found)} would be one tensor of the source; {_APART}")
         return {name: self.left.pop(full) for name, full in found.items()}
 
     def _converted(self, row: Row | None, pair: Pair, given: Mapping[str, _Held]) -> dict[str, _Held]:
@@ -287,13 +294,20 @@ class _Conversion:
         made = _carried(plain, source, target, given, pair.sizes)
         if zeros := set(row.form(target).pieces) - set(plain.form(target).pieces):
             shapes = {name: x.shape for name, x in given.items() if name in row.form(source).pieces}
-            found = layers.target_shapes(row, shapes, source, target, pair.sizes)
+            made_shapes = layers.target_shapes(row, shapes, source, target, pair.sizes)
             dtype = next(iter(next(iter(given.values())).dtypes.values()))
-            made |= {name: _constant(np.zeros(found[name], np.uint8), dtype) for name in zeros & set(found)}
-        if row.statistics and {source, target} <= set(row.statistics.forms):
-            made |= (statistics := _carried(row.statistics, source, target, given, pair.sizes))
-            if statistics and (counter := row.form(target).counter):
-                made[counter] = _constant(np.asarray(self.step), "I64")
+            made |= {name: _constant(np.zeros(made_shapes[name], np.uint8), dtype) for name in zeros & set(made_shapes)}
+        if row.statistics and source in row.statistics.forms:
+            found = [name for name in row.statistics.form(source).pieces if name in given]
+            if found and target not in row.statistics.forms:
+                raise ValueError(
+                    f"the row has no place in {target} for {', '.join(found)}: name the layer's other tensors in a "
+                    "table, and carry these by pairs of their own"
+                )
+            if found:
+                made |= _carried(row.statistics, source, target, given, pair.sizes)
+                if counter := row.form(target).counter:
+                    made[counter] = _constant(np.asarray(self.step), "I64")
         return made
 
 
@@ -384,16 +398,20 @@ def _stacked(parts: Sequence[_Held], axis: int) -> _Held:
         raise ValueError(f"layers of shape {shape} have no axis {axis} to be stacked along")
     layout = Layout(None)
     if layouts and (rows := (given := layouts.pop()).rows(shape)).projects:
-        at = _axis_of_view(rows.shape, shape[:axis])
+        at = axis if given.view is None else _axis_of_view(rows.shape, shape[:axis])
         seen = (*rows.shape[:at], len(parts), *rows.shape[at:])
         channel, batch = ([x + (x >= at) for x in axes] for axes in (rows.channel, rows.batch))
         layout = Layout(channel, sorted([at, *batch]), seen if given.view else None)
 
-    def read(kind: str) -> np.ndarray:
-        return np.stack([part.read(kind) for part in parts], axis)
+    whole = (*shape[:axis], len(parts), *shape[axis:])
 
-    named = {str(i): part for i, part in enumerate(parts)}
-    return _joined(named, (*shape[:axis], len(parts), *shape[axis:]), layout, read)
+    def read(kind: str) -> np.ndarray:
+        stack = np.empty(whole, _NUMPY[parts[0].dtypes[kind]])  # filled layer by layer: np.stack would hold all twice
+        for layer, part in zip(np.moveaxis(stack, axis, 0), parts, strict=True):
+            layer[...] = part.read(kind)
+        return stack
+
+    return _joined({str(i): part for i, part in enumerate(parts)}, whole, layout, read)
 
 
 def _slice(stack: _Held, axis: int, index: int, count: int) -> _Held:
@@ -402,7 +420,7 @@ def _slice(stack: _Held, axis: int, index: int, count: int) -> _Held:
         raise ValueError(f"a stack of shape {stack.shape} does not have {count} layers along axis {axis}")
     layout = Layout(None)
     if stack.entry and (rows := stack.entry.layout.rows(stack.shape)).projects:
-        at = _axis_of_view(rows.shape, stack.shape[:axis])
+        at = axis if stack.entry.layout.view is None else _axis_of_view(rows.shape, stack.shape[:axis])
         if at not in rows.batch:
             raise ValueError(f"{stack.entry.layout} does not let each layer of a stack along axis {axis} decide alone")
         channel, batch = ([x - (x > at) for x in axes if x != at] for axes in (rows.channel, rows.batch))
@@ -417,15 +435,6 @@ def _axis_of_view(view: Sequence[int], before: Sequence[int]) -> int:
     if math.prod(before) not in products:
         raise ValueError(f"a view of shape {tuple(view)} has no place for the axis of a stack after {tuple(before)}")
     return products.index(math.prod(before))
-
-
-def _names(row: Row | None, framework: str) -> list[str]:
-    """What a row calls its tensors: parameters, statistics, the counter."""
-    if row is None:
-        return [""]
-    form = row.form(framework)
-    statistics = row.statistics.forms.get(framework) if row.statistics else None
-    return [*form.pieces, *(statistics.pieces if statistics else ()), *([form.counter] if form.counter else ())]
 
 
 def _full_name(place: Place, name: str) -> str:

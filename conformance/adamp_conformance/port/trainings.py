@@ -23,17 +23,18 @@ import pickle
 import re
 import secrets
 import shutil
+import tempfile
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from adamp_conformance.port import inventory
-from adamp_conformance.port.inventory import Inventory
+from adamp_conformance.port.inventory import _LIBRARY, Inventory
 from adamp_spec.snapshot import Hyper, SnapshotError
 
 SNAPSHOT = ".safetensors"  # what a snapshot's name ends with, whatever the framework
@@ -145,11 +146,11 @@ def training_of(made: Any) -> Training:
     """A training from what a setup function returned.
 
     Raises:
-      TypeError: it is nothing that a setup function is to return.
+      TypeError: it is nothing that a setup function is to return, or its optimizer is neither AdamP nor SGDP.
     """
     if isinstance(made, OptaxTraining):
         return _Optax(made)
-    if isinstance(made, tuple) and len(made) == 2 and _is_of("torch", made[0]):
+    if isinstance(made, tuple) and len(made) == 2 and any(_is_of("torch", x) for x in made):
         return _Torch(*made)
     if _is_of("keras", made):
         return _Keras(made)
@@ -164,6 +165,15 @@ class _Torch(Training):
     suffixes = (".pt", ".pth", ".ckpt")
 
     def __init__(self, model: Any, optimizer: Any) -> None:
+        import torch
+
+        from adamp_torch import SGDP, AdamP
+
+        if not isinstance(model, torch.nn.Module) or not isinstance(optimizer, AdamP | SGDP):
+            raise TypeError(
+                "the setup function must return (model, optimizer), a torch.nn.Module and an AdamP or SGDP of "
+                f"adamp_torch; it returned ({type(model).__name__}, {type(optimizer).__name__})"
+            )
         self.made = self.model, self.optimizer = model, optimizer
 
     def inventory(self) -> Inventory:
@@ -185,9 +195,33 @@ class _Torch(Training):
         with _refusing(path):
             parts = dict(_torch_parts(_torch_load(path)))
             states = {place: x for place, x in parts.items() if set(x) >= _OPTIMIZER}
-            weights = _of_model({place: x for place, x in parts.items() if place not in states}, self.model)
-            self.model.load_state_dict(_only("tensors of the model", weights))
-            self.optimizer.load_state_dict(_only("states of an optimizer", states))
+            found = _of_model({place: x for place, x in parts.items() if place not in states}, self.model)
+            prefix, weights = _only("tensors of the model", found)
+            state = _only("states of an optimizer", states)
+            self._check(prefix, weights, state)
+            self.model.load_state_dict(weights)
+            self.optimizer.load_state_dict(state)
+
+    def _check(self, prefix: str, weights: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """Raises ValueError where loading would convert a dtype, or give a parameter the moments of another."""
+        dtypes = [(name, weights[name].dtype, x.dtype) for name, x in self.model.state_dict().items()]
+        for given, own in zip(state["param_groups"], self.optimizer.param_groups, strict=False):  # loading counts them
+            names = [name.removeprefix(prefix) for name in given.get("param_names", ())]
+            if names and names != (wanted := own.get("param_names", names)):
+                raise ValueError(
+                    f"a group of its optimizer has the parameters {names}, in this order, and the setup function's "
+                    f"{wanted}: give the optimizer the file's"
+                )
+            for key, param in zip(given["params"], own["params"], strict=False):
+                held = state["state"].get(key, {})
+                dtypes += [
+                    (f"{name} of parameter {key}", held[name].dtype, param.dtype)
+                    for name in self.optimizer.MOMENTS
+                    if name in held
+                ]
+        for name, given, own in dtypes:
+            if given != own:
+                raise ValueError(f"{name} is {given} in it, {own} in the training, and dtypes are not converted")
 
     def _write(self, path: Path) -> None:
         import torch
@@ -200,6 +234,17 @@ class _Keras(Training):
     suffixes = (".keras",)
 
     def __init__(self, model: Any) -> None:
+        import keras
+
+        from adamp_tf import SGDP, AdamP
+
+        optimizer = getattr(model, "optimizer", None)
+        inner = getattr(optimizer, "inner_optimizer", optimizer)  # of a LossScaleOptimizer
+        if not isinstance(model, keras.Model) or not isinstance(inner, AdamP | SGDP):
+            raise TypeError(
+                "the setup function must return a Keras model that is compiled with AdamP or SGDP of adamp_tf; it "
+                f"returned {type(model).__name__}, whose optimizer is {type(optimizer).__name__}"
+            )
         self.made = self.model = model
 
     def inventory(self) -> Inventory:
@@ -220,14 +265,18 @@ class _Keras(Training):
         # which are code, and would give its variables other paths.
         import keras
 
-        with _refusing(path), warnings.catch_warnings():
+        with _refusing(path), warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
             with zipfile.ZipFile(path) as archive:
                 compiled = json.loads(archive.read("config.json")).get("compile_config") or {}
+                with archive.open("model.weights.h5") as weights:
+                    stored = _stored(weights)
             saved, own = compiled.get("optimizer"), keras.saving.serialize_keras_object(self.model.optimizer)
             if saved is not None and (differing := _differing(saved, json.loads(json.dumps(own)))):
                 raise ValueError(f"its optimizer has {differing}; compile the model of the setup function with these")
             if not self.model.optimizer.built:
                 self.model.optimizer.build(self.model.trainable_variables)
+            self.model.save_weights(ours := Path(folder) / "ours.weights.h5")
+            _check_stored(stored, _stored(ours))
             warnings.filterwarnings("error", message="Skipping variable loading")
             self.model.load_weights(path)
 
@@ -235,7 +284,6 @@ class _Keras(Training):
         self.model.save(path)
 
 
-_LIBRARIES = {"linen": "flax.linen", "nnx": "flax.nnx", "equinox": "equinox", "haiku": "haiku"}
 _WALKS: dict[str, Callable[..., Inventory]] = {
     "linen": inventory.linen_inventory,
     "nnx": inventory.nnx_inventory,
@@ -250,15 +298,20 @@ class _Optax(Training):
 
     def __init__(self, made: OptaxTraining) -> None:
         self.made = made
-        found = [framework for framework, module in _LIBRARIES.items() if _is_of(module, made.model)]
+        found = [framework for framework in _WALKS if _is_of(_LIBRARY[framework], made.model)]
         if not found:
-            known = ", ".join(_LIBRARIES.values())
+            known = ", ".join(_LIBRARY[framework] for framework in _WALKS)
             raise TypeError(f"the model of an OptaxTraining is of one of {known}, and not {made.model!r:.100}")
         (self.framework,) = found
 
     def inventory(self) -> Inventory:
         walk, model, trees = _WALKS[self.framework], self.made.model, (self.made.params, self.made.others)
-        return walk(model, *trees, self.made.inputs) if self.framework in _CALLED else walk(model, *trees)
+        if self.framework not in _CALLED:
+            return walk(model, *trees)
+        try:
+            return walk(model, *trees, self.made.inputs)
+        except Exception as error:  # whatever the model raises
+            raise ValueError(f"the model cannot be called on `inputs`: {type(error).__name__}: {error}") from error
 
     def save_snapshot(self, path: str | os.PathLike[str]) -> None:
         import adamp_jax
@@ -284,13 +337,15 @@ class _Optax(Training):
             layouts=self.made.layouts,
             others=self.made.others,
         )
-        given, own = asdict(restored.hyperparameters), asdict(self.made.hyperparameters)
-        if differing := {name: x for name, x in given.items() if x != own[name] and name != "lr"}:
+        given, own = (
+            {"algorithm": x.algorithm, **asdict(x)} for x in (restored.hyperparameters, self.made.hyperparameters)
+        )
+        if differing := {name: x for name, x in given.items() if x != own.get(name) and name != "lr"}:
             raise SnapshotError(f"the snapshot's optimizer has {differing}: make the transformation with these")
         if given["lr"] != own["lr"]:
             warnings.warn(
-                f"the snapshot's learning rate is {given['lr']}, and a transformation keeps its own, {own['lr']}: make it "
-                "with the snapshot's, unless a schedule gives it",
+                f"the snapshot's learning rate is {given['lr']}, and a transformation keeps its own, {own['lr']}: make "
+                "it with the snapshot's, unless a schedule gives it",
                 stacklevel=2,
             )
         self.made = self.made._replace(**restored._asdict())
@@ -396,7 +451,7 @@ def _torch_parts(found: Any, place: str = "") -> Iterator[tuple[str, Mapping[str
             yield from _torch_parts(x, f"{place}[{i}]")
 
 
-def _of_model(parts: Mapping[str, Mapping[str, Any]], model: Any) -> dict[str, dict[str, Any]]:
+def _of_model(parts: Mapping[str, Mapping[str, Any]], model: Any) -> dict[str, tuple[str, dict[str, Any]]]:
     """Those that have the model's tensors and no others, all under one prefix, such as DataParallel's `module.`."""
     names = set(model.state_dict())
     last = max(names)
@@ -404,7 +459,7 @@ def _of_model(parts: Mapping[str, Mapping[str, Any]], model: Any) -> dict[str, d
     for place, tensors in parts.items():
         for prefix in {key.removesuffix(last) for key in tensors if key.endswith(last)}:
             if {prefix + name for name in names} == set(tensors):
-                fitting[place] = {name: tensors[prefix + name] for name in names}
+                fitting[place] = prefix, {name: tensors[prefix + name] for name in names}
     if parts and not fitting:
         closest = max(parts.values(), key=lambda x: len(names & set(x)))
         raise ValueError(
@@ -433,9 +488,58 @@ def _differing(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         saved = inner
     while inner := own["config"].get("inner_optimizer"):
         own = inner
-    apart = ("name", "learning_rate", "variables")  # the rate is among the weights
-    differing = {key: x for key, x in saved["config"].items() if key not in apart and x != own["config"].get(key)}
+    given, ours = saved["config"], own["config"]
+    apart = {"name", "variables"}
+    if not any(isinstance(x.get("learning_rate"), dict) for x in (given, ours)):
+        apart.add("learning_rate")  # a number is among the weights; a schedule is not
+    differing = {key: given.get(key) for key in sorted({*given, *ours} - apart) if given.get(key) != ours.get(key)}
     return differing | ({} if saved["class_name"] == own["class_name"] else {"class": saved["class_name"]})
+
+
+class _Stored(NamedTuple):
+    """What a file of Keras weights says of them, by their places in it.
+
+    Attributes:
+      dtypes: of each array.
+      names: of the object that holds it.
+    """
+
+    dtypes: dict[str, str]
+    names: dict[str, str]
+
+
+def _stored(file: Any) -> _Stored:
+    import h5py  # type: ignore[import-untyped]
+
+    found = _Stored({}, {})
+
+    def see(place: str, x: Any) -> None:
+        if isinstance(x, h5py.Dataset):
+            found.dtypes[place] = str(x.attrs.get("dtype", x.dtype))  # HDF5 has no bfloat16
+        elif "name" in x.attrs:
+            found.names[place.removesuffix("/vars")] = x.attrs["name"]
+
+    with h5py.File(file) as opened:
+        opened.visititems(see)
+    return found
+
+
+def _check_stored(saved: _Stored, own: _Stored) -> None:
+    """Raises ValueError where loading would convert a dtype, or give a layer the weights of another.
+
+    Keras goes by classes and the order of layers: the second Dense is `dense_1`, whatever its name.
+    """
+    for place, dtype in saved.dtypes.items():
+        if "float" in dtype and dtype != (kept := own.dtypes.get(place, dtype)):
+            raise ValueError(f"{place} is {dtype} in it, {kept} in the training, and dtypes are not converted")
+    moved: dict[str, list[tuple[str, str]]] = {}
+    for place in saved.names.keys() & own.names.keys():
+        if saved.names[place] != own.names[place]:
+            moved.setdefault(re.sub(r"_\d+$", "", place), []).append((saved.names[place], own.names[place]))
+    for names in moved.values():
+        given, ours = (sorted(each) for each in zip(*names, strict=True))
+        if given == ours:  # names that differ otherwise, Keras may have counted
+            raise ValueError(f"its layers {given} come in another order: make them in the file's")
 
 
 # ------------------------------------------------------------------------------------------------ Optax
@@ -469,18 +573,11 @@ def _orbax_restored(path: Path) -> Any:
         return checkpointer.restore(path.absolute(), restore_args=how)
 
 
-def _keys(path: Sequence[Any]) -> tuple[str, ...]:
-    """A leaf's path, without the box that Flax puts around a variable."""
-    import jax
-
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-
-
 def _nested(tree: Any) -> dict[str, Any]:
     """A tree of whatever nodes as dictionaries alone, as `flax.serialization.to_state_dict` has those that it knows."""
     import jax
+
+    from adamp_jax._layouts import _keys
 
     nested: dict[str, Any] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: not jax.tree.leaves(x)):
@@ -496,6 +593,8 @@ def _filled(name: str, tree: Any, stored: Any) -> Any:
     """A tree like `tree` of what a checkpoint holds under `name`."""
     import jax
     import numpy as np
+
+    from adamp_jax._layouts import _keys
 
     held = {_keys(path): x for path, x in jax.tree_util.tree_leaves_with_path(stored)}
 
