@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import numpy as np
 from batches import digits, text
 from trainers import Arrays, Held, Trainer, trainer
 
@@ -16,7 +16,6 @@ from adamp_conformance.adapter import State
 from adamp_conformance.judge import judge_step
 from adamp_conformance.port.derive import propose
 from adamp_conformance.port.maps import Map, convert_snapshot
-from adamp_spec import Branch
 from adamp_spec.snapshot import MOMENTS
 
 BATCHES = {"resnet": digits, "transformer": text, "recurrent": digits}
@@ -28,14 +27,14 @@ class Step(NamedTuple):
     Attributes:
       loss: of the batch, before.
       margin: the judge's; at most 1.
-      decisions: how many slices took which branch, of those that may be projected.
+      decisions: by each parameter's name, the branch that its elements took, in its shape.
     """
 
     before: Held
     after: Held
     loss: float
     margin: float
-    decisions: Counter[Branch]
+    decisions: Arrays
 
 
 def map_between(source: Trainer, target: Trainer) -> Map:
@@ -65,20 +64,20 @@ def carried(held: Held, map: Map) -> Held:
     return Held(header, {name: tensor.read() for name, tensor in tensors.items()})
 
 
-def carried_gradients(held: Held, gradients: Arrays, map: Map) -> Arrays:
-    """Gradients go over as momentum does."""
-    momentum = {f"m/{name}": x for name, x in gradients.items()}
+def carried_beside(held: Held, arrays: Arrays, map: Map) -> Arrays:
+    """Arrays of the parameters' names, shapes and dtypes, such as gradients, go over as momentum does."""
+    momentum = {f"m/{name}": x for name, x in arrays.items()}
     there = carried(held._replace(tensors=held.tensors | momentum), map)
     return {name: there.tensors[f"m/{name}"] for name in there.snapshot.parameters}
 
 
-def judge(before: Held, gradients: Arrays, after: Held) -> tuple[float, Counter[Branch]]:
+def judge(before: Held, gradients: Arrays, after: Held) -> tuple[float, Arrays]:
     """The margin and the decisions of a step, as `Step` has them.
 
     Raises:
       AssertionError: the step is not the oracle's.
     """
-    worst, decisions = 0.0, Counter[Branch]()
+    worst, decisions = 0.0, Arrays()
     for group, hyper in enumerate(before.snapshot.groups):
         entries = {name: entry for name, entry in before.snapshot.parameters.items() if entry.group == group}
         layouts = {name: entry.layout for name, entry in entries.items()}
@@ -87,8 +86,9 @@ def judge(before: Held, gradients: Arrays, after: Held) -> tuple[float, Counter[
         assert verdict.conforms, f"{verdict.problem or verdict.place}, margin {verdict.margin:.3g}"
         worst = max(worst, verdict.margin)
         for name, branches in verdict.branches.items():
-            if layouts[name].rows(gradients[name].shape).projects:
-                decisions.update(Branch(branch) for branch in branches.ravel())
+            x = gradients[name]
+            everywhere = np.broadcast_to(branches, layouts[name].rows(x.shape).shape)
+            decisions[name] = everywhere.reshape(x.shape).astype(x.dtype)
     return worst, decisions
 
 
@@ -109,16 +109,18 @@ def relay(example: str, order: Sequence[str], length: int) -> Iterator[Step]:
     What the steps hold is in the first one's names and forms.
     """
     trainers = {framework: trainer(example, framework) for framework in order}
-    before = first = trainers[order[0]]
+    source = first = trainers[order[0]]
     for leg, runner in enumerate([*trainers.values(), first]):
-        if runner is not before:
-            hand_over(before, runner, map_between(before, runner))
+        if runner is not source:
+            hand_over(source, runner, map_between(source, runner))
         home = None if runner is first else map_between(runner, first)
         for step in train(example, runner, range(leg * length, (leg + 1) * length)):
             if home is not None:
-                step = step._replace(before=carried(step.before, home), after=carried(step.after, home))
+                decisions = carried_beside(step.before, step.decisions, home)
+                before, after = carried(step.before, home), carried(step.after, home)
+                step = step._replace(before=before, after=after, decisions=decisions)
             yield step
-        before = runner
+        source = runner
 
 
 def _state(held: Held) -> State:

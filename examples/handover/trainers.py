@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,7 +60,7 @@ class Trainer:
         with TemporaryDirectory() as folder:
             self.training.save_snapshot(Path(folder) / "held")
             with snapshot.opened(Path(folder) / "held") as (header, tensors):
-                return Held(header, {name: tensor.read() for name, tensor in tensors.items()})
+                return Held(header, {name: tensor.load() for name, tensor in tensors.items()})
 
     def take(self, held: Held) -> None:
         """Goes on from there."""
@@ -136,19 +136,24 @@ class FlaxTrainer(Trainer):
 
     def __init__(self, made: Any, optimizer: Any) -> None:
         import jax
+        from flax import nnx
 
         super().__init__(made)
-        self.loss = jax.jit(self._loss, static_argnames="train")
-        self.loss_and_gradients = jax.jit(jax.value_and_grad(self._loss, has_aux=True), static_argnames="train")
         self.update = jax.jit(optimizer.update)
+        self.static: Any = made.model
+        self.state: Any = None
+        if isinstance(made.model, nnx.Module):
+            self.static, self.state = nnx.split(made.model)
 
     def evaluate(self, x: np.ndarray, y: np.ndarray) -> float:
         made = self.training.made
-        return float(self.loss(made.params, made.others, x, y, train=False)[0])
+        return float(_flax_loss()[0](made.params, made.others, self.state, x, y, model=self.static, train=False)[0])
 
     def gradients(self, x: np.ndarray, y: np.ndarray) -> tuple[float, Arrays]:
         made = self.training.made
-        (loss, others), gradients = self.loss_and_gradients(made.params, made.others, x, y, train=True)
+        (loss, others), gradients = _flax_loss()[1](
+            made.params, made.others, self.state, x, y, model=self.static, train=True
+        )
         self.training.made = made._replace(others=others)
         return float(loss), {name: np.array(x) for name, x in _named(gradients)}
 
@@ -161,17 +166,26 @@ class FlaxTrainer(Trainer):
         updates, opt_state = self.update(tree, made.opt_state, made.params)
         self.training.made = made._replace(params=optax.apply_updates(made.params, updates), opt_state=opt_state)
 
-    def _loss(self, params: Any, others: Any, x: Any, y: Any, train: bool) -> tuple[Any, Any]:
-        import optax
-        from flax import linen, nnx
 
-        model = self.training.made.model
+@cache
+def _flax_loss() -> tuple[Any, Any]:
+    """The loss of a batch with what the model holds besides, and its gradients too; compiled once for all trainings.
+
+    `model` is a Linen module or the definition of an NNX module's graph, whose `state` is random states of cells.
+    """
+    import jax
+    import optax
+    from flax import linen, nnx
+
+    def loss(params: Any, others: Any, state: Any, x: Any, y: Any, model: Any, train: bool) -> tuple[Any, Any]:
         if isinstance(model, linen.Module):
             logits, others = model.apply({"params": params, **others}, x, train, mutable=list(others))
         else:
-            graph, state = nnx.split(model)  # which holds random states of cells, too
-            logits = nnx.merge(graph, nnx.merge_state(state, params), copy=True)(x)
+            logits = nnx.merge(model, nnx.merge_state(state, params), copy=True)(x)
         return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean(), others
+
+    compiled = partial(jax.jit, static_argnames=("model", "train"))
+    return compiled(loss), compiled(jax.value_and_grad(loss, has_aux=True))
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from adamp_jax import adamp
 from adamp_spec import AdamPHyper
 
 WIDTH, HEADS, LENGTH, TOKENS = 32, 4, 32, 128
+SMALL = nnx.initializers.normal(0.1)
 
 
 class Block(nnx.Module):
@@ -26,9 +27,8 @@ class Block(nnx.Module):
 
 class Transformer(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
-        small = nnx.initializers.normal(0.1)
-        self.tokens = nnx.Embed(TOKENS, WIDTH, embedding_init=small, rngs=rngs)
-        self.positions = nnx.Embed(LENGTH, WIDTH, embedding_init=small, rngs=rngs)
+        self.tokens = nnx.Embed(TOKENS, WIDTH, embedding_init=SMALL, rngs=rngs)
+        self.positions = nnx.Embed(LENGTH, WIDTH, embedding_init=SMALL, rngs=rngs)
         self.block1, self.block2 = Block(rngs), Block(rngs)
         self.norm = nnx.LayerNorm(WIDTH, epsilon=1e-5, rngs=rngs)
 

@@ -4,12 +4,14 @@ from typing import Any
 
 import keras
 from keras import layers, ops
+from keras.initializers import RandomNormal
 
 from adamp_tf import AdamP, layouts_for
 
 WIDTH, HEADS, LENGTH, TOKENS = 32, 4, 32, 128
 
 
+@keras.saving.register_keras_serializable("handover")
 class Block(layers.Layer):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -25,12 +27,12 @@ class Block(layers.Layer):
         return x + self.contract(self.expand(self.norm2(x)))
 
 
+@keras.saving.register_keras_serializable("handover")
 class Transformer(keras.Model):
-    def __init__(self) -> None:
-        super().__init__(name="transformer")
-        small = keras.initializers.RandomNormal(stddev=0.1)
-        self.tokens = layers.Embedding(TOKENS, WIDTH, small, name="tokens")
-        self.positions = layers.Embedding(LENGTH, WIDTH, small, name="positions")
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.tokens = layers.Embedding(TOKENS, WIDTH, RandomNormal(stddev=0.1, seed=0), name="tokens")
+        self.positions = layers.Embedding(LENGTH, WIDTH, RandomNormal(stddev=0.1, seed=1), name="positions")
         self.block1, self.block2 = Block(name="block1"), Block(name="block2")
         self.norm = layers.LayerNormalization(epsilon=1e-5, name="norm")
 
@@ -43,7 +45,7 @@ class Transformer(keras.Model):
 
 def setup() -> keras.Model:
     keras.utils.set_random_seed(0)
-    model = Transformer()
+    model = Transformer(name="transformer")
     model(ops.zeros((1, LENGTH), "int32"))
     optimizer = AdamP(3e-3, weight_decay=0.03, layouts=layouts_for(model))
     optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
