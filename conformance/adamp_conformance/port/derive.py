@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from functools import partial
-from itertools import islice, takewhile
+from itertools import takewhile
 from typing import NamedTuple
 
 import numpy as np
 
 from adamp_conformance import layers
-from adamp_conformance.port.inventory import PARAMETER, Inventory, Layer, classes
+from adamp_conformance.port.flattening import flattened
+from adamp_conformance.port.inventory import PARAMETER, Inventory, Layer
 from adamp_conformance.port.maps import SAME, Map, Pair, Place
 from adamp_spec import Layout, SGDPHyper
 from adamp_spec.snapshot import Entry, Snapshot, Tensor
@@ -147,10 +146,10 @@ class _Matching:
         """The map without the pairs whose row may be another, and why layers are in none."""
         unmatched: tuple[list[Unmatched], list[Unmatched]] = ([], [])
         turned = (self.sides[0].framework in _CHANNELS_FIRST) != (self.sides[1].framework in _CHANNELS_FIRST)
-        flattened = [_flattened(inventory) if turned else set() for inventory in self.sides]
+        marked = [flattened(inventory) if turned else set() for inventory in self.sides]
         kept = []
         for found in sorted(self.found, key=lambda each: each.items[1].places[0]):
-            if not any(places & set(item.places) for places, item in zip(flattened, found.items, strict=True)):
+            if not any(places & set(item.places) for places, item in zip(marked, found.items, strict=True)):
                 kept.append(found.pair)
                 continue
             for own, item, other in zip(unmatched, found.items, found.items[::-1], strict=True):
@@ -242,80 +241,6 @@ def _bundles(items: Sequence[_Item], inventory: Inventory) -> list[_Item]:
     ]
 
 
-# ------------------------------------------------------------------------------------------------ flattened images
-
-
-class _Features(NamedTuple):
-    """How many features a layer takes and gives.
-
-    Attributes:
-      kind: "conv"; "dense" for what else makes features of features; "norm" for all others, which give what they take.
-      taken, given: the numbers that its rows allow; empty where they count no features.
-    """
-
-    kind: str
-    taken: set[int]
-    given: set[int]
-
-
-def _flattened(inventory: Inventory) -> set[int]:
-    """The places of the layers before which images may be flattened, or of whose outputs images may be made.
-
-    In a model with convolutions, these are the layers that take what no layer before them gives, and those beside a
-    convolution, norms aside, whose features are not its channels.
-    """
-    features = [_features(inventory, layer) for layer in inventory.layers]
-    images = {n for x in features if x.kind == "conv" for n in x.taken}
-    if not images:
-        return set()
-
-    def agree(own: set[int], others: set[int]) -> bool:
-        return not own or bool(own & (others | {1}))  # one feature has no order
-
-    found: set[int] = set()
-    known: set[int] = set()
-    for i, x in enumerate(features):
-        norm = x.kind == "norm"
-        near = (next((y for y in beside if y.kind != "norm"), x) for beside in (features[:i][::-1], features[i + 1 :]))
-        before, after = (y if y.kind == "conv" != x.kind else None for y in near)
-        if norm and before and after:  # it may be of either, and after a concatenation
-            before = after = None
-        gives = after is None or agree(x.given, after.taken)
-        takes = x.kind == "conv" or agree(x.taken, known | images if norm else known)
-        if not (gives and takes and (before is None or agree(x.taken, before.given))):
-            found.add(i)
-        if gives and not norm:
-            known |= x.given
-    return found
-
-
-def _features(inventory: Inventory, layer: Layer) -> _Features:
-    """What the rows of a layer's class say of its features."""
-    framework, kind = inventory.framework, "norm"
-    taken: set[int] = set()
-    given: set[int] = set()
-    possible = [row for row in layers.rows().values() if _may_be(row, framework, layer)]
-    possible += [row.statistics for row in possible if row.statistics and framework in row.statistics.forms]
-    for row in possible:
-        sizes = _sizes(row, inventory, layer, framework, layer.sizes)
-        size = partial(_first_product, sizes)
-        if "channel" in sizes:
-            if max(map(math.prod, _shapes(inventory, layer).values())) == sizes["channel"]:  # not over whole images
-                taken, given = taken | {sizes["channel"]}, given | {sizes["channel"]}
-        elif sizes:
-            kind = "conv" if "conv" in row.name else "dense"
-            taken |= size(("in", "groups"), ("heads", "dim"))
-            given |= size(("out", "groups"), ("hidden",), ("m", "in"), ("heads", "dim"), ("dim",))
-            given |= {2 * n for n in size(("hidden",))}  # in both directions
-    return _Features(kind, taken, given)
-
-
-def _first_product(sizes: Mapping[str, int], *choices: tuple[str, ...]) -> set[int]:
-    """The size of the first of these axes that is there, together with those that belong to it."""
-    found = (math.prod(sizes.get(axis, 1) for axis in axes) for axes in choices if axes[0] in sizes)
-    return set(islice(found, 1))
-
-
 # ------------------------------------------------------------------------------------------------ fits
 
 _OTHER_KIND = "another kind"
@@ -366,41 +291,20 @@ def _fit(source: Inventory, ours: _Item, target: Inventory, theirs: _Item) -> _F
 
 def _candidates(source: Inventory, ours: Layer, target: Inventory, theirs: Layer) -> Iterator[_Fit]:
     if PARAMETER in (ours.kind, theirs.kind):
-        tensors = [*_shapes(source, ours).values(), *_shapes(target, theirs).values()]
+        tensors = [*source.shapes_of(ours).values(), *target.shapes_of(theirs).values()]
         if len(tensors) == 2 and (ours.kind == theirs.kind or all(len(shape) < 2 for shape in tensors)):
             yield _Fit(SAME, {}, ())  # a vector, such as what is left of a tied layer, is the same in every framework
         return
     sides = (source, ours), (target, theirs)
     for name, row in layers.rows().items():
-        if not all(_may_be(row, inventory.framework, layer) for inventory, layer in sides):
+        if not all(inventory.may_be(layer, row) for inventory, layer in sides):
             continue
         known = {**ours.sizes, **theirs.sizes}
-        here, there = (_sizes(row, *own, other.framework, known) for own, (other, _) in (sides, sides[::-1]))
+        here = source.axis_sizes(ours, row, target.framework, known)
+        there = target.axis_sizes(theirs, row, source.framework, known)
         untold = {axis: (here | there)[axis] for axis in sorted(here.keys() ^ there.keys())}  # by one of them
         for zero in dict.fromkeys(((), _frozen(*sides[0]), _frozen(*sides[1]))):
             yield _Fit(name, untold | known, zero)
-
-
-def _sizes(
-    row: layers.Row, inventory: Inventory, layer: Layer, target: str, known: Mapping[str, int]
-) -> dict[str, int]:
-    """The sizes of a row's axes that a layer's parameters tell; none if it is not of this row."""
-    names = row.form(inventory.framework).pieces
-    shapes = {name: shape for name, shape in _shapes(inventory, layer).items() if name in names}
-    with suppress(ValueError):
-        return layers.axis_sizes(row, shapes, inventory.framework, target, known)
-    return {}
-
-
-def _may_be(row: layers.Row, framework: str, layer: Layer) -> bool:
-    """Whether a row is of a layer's class."""
-    if framework not in row.forms or (layer.rows and row.name not in layer.rows):
-        return False
-    return layer.kind in classes(row.forms[framework], framework)
-
-
-def _shapes(inventory: Inventory, layer: Layer) -> dict[str, tuple[int, ...]]:
-    return {name: inventory.shapes[full] for name, full in layer.tensors.items()}
 
 
 def _frozen(inventory: Inventory, layer: Layer) -> tuple[str, ...]:
@@ -442,7 +346,7 @@ def _sample(
     entries: dict[str, Entry] = {}
     tensors: dict[str, Tensor] = {}
     for layer in item.layers:
-        shapes = _shapes(inventory, layer)
+        shapes = inventory.shapes_of(layer)
         known = {name: x for name, x in shapes.items() if row and name in row.form(framework).pieces}
         chosen = layers.layouts(row, framework, known, sizes) if row and known else {}
         for name, full in layer.tensors.items():

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from adamp_conformance.layers import Form, rows
+from adamp_conformance.layers import Form, Row, axis_sizes, rows
 
 PARAMETER = "Parameter"  # the kind of a tensor that is no known layer's
-_LIBRARY = {
+LIBRARIES = {
     "torch": "torch",
     "keras": "keras",
     "linen": "flax.linen",
@@ -57,6 +58,24 @@ class Inventory(NamedTuple):
     layers: tuple[Layer, ...]
     shapes: Mapping[str, tuple[int, ...]]
     trained: frozenset[str]
+
+    def shapes_of(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        """The shapes of a layer's tensors by their names in the layer."""
+        return {name: self.shapes[full] for name, full in layer.tensors.items()}
+
+    def may_be(self, layer: Layer, row: Row) -> bool:
+        """Whether a row is of a layer's class."""
+        if self.framework not in row.forms or (layer.rows and row.name not in layer.rows):
+            return False
+        return layer.kind in classes(row.forms[self.framework], self.framework)
+
+    def axis_sizes(self, layer: Layer, row: Row, target: str, known: Mapping[str, int]) -> dict[str, int]:
+        """The sizes of a row's axes that a layer's parameters tell; none if it is not of this row."""
+        names = row.form(self.framework).pieces
+        shapes = {name: shape for name, shape in self.shapes_of(layer).items() if name in names}
+        with suppress(ValueError):
+            return axis_sizes(row, shapes, self.framework, target, known)
+        return {}
 
 
 def torch_inventory(model: Any, trained: Iterable[str] | None = None) -> Inventory:
@@ -299,7 +318,7 @@ def _tensors(framework: str) -> dict[str, tuple[str, ...]]:
 
 def _kind(framework: str, layer: Any) -> str | None:
     """The layer's class in `layouts.toml`, itself or a base, if its framework's library has it."""
-    library = _LIBRARY[framework]
+    library = LIBRARIES[framework]
     for base in type(layer).__mro__:
         if base.__name__ in _tensors(framework) and f"{base.__module__}.".startswith(f"{library}."):
             return base.__name__

@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adamp_conformance.port import inventory
-from adamp_conformance.port.inventory import _LIBRARY, Inventory
+from adamp_conformance.port.inventory import LIBRARIES, Inventory
 from adamp_spec.snapshot import Hyper, SnapshotError
 
 SNAPSHOT = ".safetensors"  # what a snapshot's name ends with, whatever the framework
@@ -298,9 +298,9 @@ class _Optax(Training):
 
     def __init__(self, made: OptaxTraining) -> None:
         self.made = made
-        found = [framework for framework in _WALKS if _is_of(_LIBRARY[framework], made.model)]
+        found = [framework for framework in _WALKS if _is_of(LIBRARIES[framework], made.model)]
         if not found:
-            known = ", ".join(_LIBRARY[framework] for framework in _WALKS)
+            known = ", ".join(LIBRARIES[framework] for framework in _WALKS)
             raise TypeError(f"the model of an OptaxTraining is of one of {known}, and not {made.model!r:.100}")
         (self.framework,) = found
 

@@ -1,0 +1,83 @@
+"""Layers around which images may be flattened, or made of features: the order of their features is not known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from itertools import islice
+from typing import NamedTuple
+
+from adamp_conformance import layers
+from adamp_conformance.port.inventory import Inventory, Layer
+
+
+class _Features(NamedTuple):
+    """How many features a layer takes and gives.
+
+    Attributes:
+      kind: "conv"; "dense" for what else makes features of features; "norm" for all others, which give what they take.
+      taken, given: the numbers that its rows allow; empty where they count no features.
+    """
+
+    kind: str
+    taken: set[int]
+    given: set[int]
+
+
+def flattened(inventory: Inventory) -> set[int]:
+    """The places of the layers before which images may be flattened, or of whose outputs images may be made.
+
+    In a model with convolutions, these are the layers that take what no layer before them gives, and those beside a
+    convolution, norms aside, whose features are not its channels.
+    """
+    features = [_features(inventory, layer) for layer in inventory.layers]
+    images = {n for x in features if x.kind == "conv" for n in x.taken}
+    if not images:
+        return set()
+
+    def agree(own: set[int], others: set[int]) -> bool:
+        return not own or bool(own & (others | {1}))  # one feature has no order
+
+    found: set[int] = set()
+    known: set[int] = set()
+    for i, x in enumerate(features):
+        norm = x.kind == "norm"
+        near = (next((y for y in beside if y.kind != "norm"), x) for beside in (features[:i][::-1], features[i + 1 :]))
+        before, after = (y if y.kind == "conv" != x.kind else None for y in near)
+        if norm and before and after:  # it may be of either, and after a concatenation
+            before = after = None
+        gives = after is None or agree(x.given, after.taken)
+        takes = x.kind == "conv" or agree(x.taken, known | images if norm else known)
+        if not (gives and takes and (before is None or agree(x.taken, before.given))):
+            found.add(i)
+        if gives and not norm:
+            known |= x.given
+    return found
+
+
+def _features(inventory: Inventory, layer: Layer) -> _Features:
+    """What the rows of a layer's class say of its features."""
+    framework, kind = inventory.framework, "norm"
+    taken: set[int] = set()
+    given: set[int] = set()
+    possible = [row for row in layers.rows().values() if inventory.may_be(layer, row)]
+    possible += [row.statistics for row in possible if row.statistics and framework in row.statistics.forms]
+    for row in possible:
+        sizes = inventory.axis_sizes(layer, row, framework, layer.sizes)
+        size = partial(_first_product, sizes)
+        if "channel" in sizes:
+            if max(map(math.prod, inventory.shapes_of(layer).values())) == sizes["channel"]:  # not over whole images
+                taken, given = taken | {sizes["channel"]}, given | {sizes["channel"]}
+        elif sizes:
+            kind = "conv" if "conv" in row.name else "dense"
+            taken |= size(("in", "groups"), ("heads", "dim"))
+            given |= size(("out", "groups"), ("hidden",), ("m", "in"), ("heads", "dim"), ("dim",))
+            given |= {2 * n for n in size(("hidden",))}  # in both directions
+    return _Features(kind, taken, given)
+
+
+def _first_product(sizes: Mapping[str, int], *choices: tuple[str, ...]) -> set[int]:
+    """The size of the first of these axes that is there, together with those that belong to it."""
+    found = (math.prod(sizes.get(axis, 1) for axis in axes) for axes in choices if axes[0] in sizes)
+    return set(islice(found, 1))
