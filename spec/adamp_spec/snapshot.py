@@ -398,9 +398,7 @@ def _reader(files: Sequence[FileIO], pool: ThreadPoolExecutor) -> Callable[..., 
 
 
 def _numpy(dtype: str) -> np.dtype[Any]:
-    """NumPy's dtype of a name of safetensors."""
-    if dtype == "BF16":
-        import ml_dtypes  # noqa: F401 - registers the name; comes with JAX and TensorFlow
+    """NumPy's dtype of a name of safetensors; bfloat16 is one where `ml_dtypes` is imported, as by JAX and TensorFlow."""
     return np.dtype({x: name for name, x in NUMPY.items()}[dtype])
 
 
