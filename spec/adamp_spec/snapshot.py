@@ -398,7 +398,7 @@ def _reader(files: Sequence[FileIO], pool: ThreadPoolExecutor) -> Callable[..., 
 
 
 def _numpy(dtype: str) -> np.dtype[Any]:
-    """NumPy's dtype of a name of safetensors; bfloat16 is one where `ml_dtypes` is imported, as by JAX and TensorFlow."""
+    """NumPy's dtype of a name of safetensors; bfloat16 is one where JAX or TensorFlow is imported."""
     return np.dtype({x: name for name, x in NUMPY.items()}[dtype])
 
 
