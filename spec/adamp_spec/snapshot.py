@@ -384,15 +384,20 @@ def _reader(files: Sequence[FileIO], pool: ThreadPoolExecutor) -> Callable[..., 
                 raise SnapshotError(f"{os.fspath(file.name)!r} has become shorter while it was read: get it again")
             done += count
 
+    def fetch(file: FileIO, start: int, share: np.ndarray) -> None:
+        block = np.empty(min(_BLOCK, share.size), np.uint8)
+        for done in range(0, share.size, _BLOCK):
+            fill(file, start + done, block[: share.size - done])
+
     def read(name: str, into: np.ndarray | None = None) -> np.ndarray:
         start, end = (begin + offset for offset in header[name]["data_offsets"])
-        if into is None:
-            return pages[start:end].view(_numpy(header[name]["dtype"])).reshape(header[name]["shape"])
-        shares = np.array_split(into, max(1, min(len(files), into.size // _BLOCK)))
+        data = pages[start:end] if into is None else into
+        shares = np.array_split(data, max(1, min(len(files), data.size // _BLOCK)))
         starts = accumulate((share.size for share in shares), initial=start)
-        for _ in pool.map(fill, files, starts, shares):  # raises what a thread has raised
+        # Pages are fetched by all threads before one copies them: it would wait for each.
+        for _ in pool.map(fetch if into is None else fill, files, starts, shares):  # raises what a thread has raised
             pass
-        return into
+        return data if into is not None else data.view(_numpy(header[name]["dtype"])).reshape(header[name]["shape"])
 
     return read
 
