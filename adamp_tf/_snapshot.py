@@ -17,7 +17,6 @@ from adamp_tf._adamp import AdamP
 from adamp_tf._base import ProjectedOptimizer
 from adamp_tf._layouts import path_of, resolve
 
-_BLOCK = 1 << 24  # bytes of a variable that are assigned at a time
 _SPELLING = {"lr": "learning_rate", "beta1": "beta_1", "beta2": "beta_2", "eps": "epsilon"}
 
 
@@ -141,18 +140,8 @@ def _tensor(name: str, x: Any) -> snapshot.Tensor:
 
 
 def _assign(variable: Any, tensor: snapshot.Tensor) -> None:
-    if backend() != "tensorflow":
-        variable.assign(tensor.load())
-        return
-    import tensorflow as tf
-
-    x, value = tensor.read(), variable.value
-    if x.nbytes <= _BLOCK or x.ndim == 0 or isinstance(value, tf.distribute.DistributedValues):
-        variable.assign(x)
-        return
-    rows = max(1, _BLOCK * len(x) // x.nbytes)
-    for i in range(0, len(x), rows):  # as a whole, TensorFlow would keep memory for a second model
-        value[i : i + rows].assign(x[i : i + rows])
+    # TensorFlow copies what it is given, pages of the file; JAX would keep these, and torch wants memory to write to.
+    variable.assign(tensor.read() if backend() == "tensorflow" else tensor.load())
 
 
 def _dtype(name: str, x: Any) -> str:

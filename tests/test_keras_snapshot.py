@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 import torch
 from keras import layers
 
@@ -73,20 +72,6 @@ def test_all_comes_back_bit_for_bit_and_goes_on_alike(make, dtype, stepped, tmp_
     train(model, seed=2)
     train(other, seed=2)
     assert same(everything(model), everything(other))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_large_variables_are_assigned_in_blocks(dtype, tmp_path, monkeypatch):
-    model, other = (network(MAKERS["adamp"](), dtype) for _ in range(2))
-    train(model)
-    save_snapshot(tmp_path / "x", model)
-    before = [np.array(x, "float32") for x in other.trainable_variables]
-    shared = [tf.Variable(x.value) for x in other.trainable_variables]  # which may be of the same memory
-    monkeypatch.setattr(adamp_tf._snapshot, "_BLOCK", 16)
-    load_snapshot(tmp_path / "x", other)
-    assert same(everything(model), everything(other))
-    for x, y in zip(shared, before, strict=True):
-        np.testing.assert_array_equal(np.asarray(x, "float32"), y)
 
 
 def test_an_optimizer_that_exempts_everything_from_decay(tmp_path):
