@@ -239,7 +239,7 @@ def _size(tensor: Tensor) -> int:
 
 
 def _print_proposal(console: Console, found: Proposal, source: Inventory, target: Inventory) -> None:
-    table = Table("source", "row", "target", "matched")
+    table = _table("source", "row", "target", "matched")
     for pair in found.map.pairs:
         here, there = (
             [f"{name} {x.shapes[name]}" for name in _names(found.map, pair.row, side, places) if name in x.shapes]
@@ -256,7 +256,7 @@ def _print_plan(
 ) -> None:
     """What becomes of which tensors; dtypes are those of the tensor and of its moments."""
     sources, targets = (_by_name(tensors) for tensors in (given, made))
-    table = Table("source", "row", "target", "dtypes", "layout", "step")
+    table = _table("source", "row", "target", "dtypes", "layout", "step")
     for pair in plan.pairs:
         here = [name for name in _names(plan, pair.row, plan.source, pair.source) if name in sources]
         there = [name for name in _names(plan, pair.row, plan.target, pair.target) if name in targets]
@@ -271,6 +271,14 @@ def _print_plan(
             [str(entry.step) if entry else "" for entry in entries],
         )
     console.print(table)
+
+
+def _table(*titles: str) -> Table:
+    """A table that breaks what is too long for its column, and cuts nothing off."""
+    table = Table()
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    return table
 
 
 def _add(table: Table, *columns: Iterable[str]) -> None:
