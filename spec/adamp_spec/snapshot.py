@@ -285,7 +285,7 @@ class Tensor(NamedTuple):
         data = np.empty(size + 64, np.uint8)
         data = data[(begin := -data.ctypes.data % 64) : begin + size]
         self.read(data)
-        return data.view(_numpy(self.dtype)).reshape(self.shape)
+        return data.view(numpy_dtype(self.dtype)).reshape(self.shape)
 
 
 def write(path: str | os.PathLike[str], snapshot: Snapshot, tensors: Mapping[str, Tensor]) -> None:
@@ -384,27 +384,17 @@ def _reader(files: Sequence[FileIO], pool: ThreadPoolExecutor) -> Callable[..., 
                 raise SnapshotError(f"{os.fspath(file.name)!r} has become shorter while it was read: get it again")
             done += count
 
-    def fetch(file: FileIO, start: int, share: np.ndarray) -> None:
-        block = np.empty(min(_BLOCK, share.size), np.uint8)
-        for done in range(0, share.size, _BLOCK):
-            fill(file, start + done, block[: share.size - done])
-
     def read(name: str, into: np.ndarray | None = None) -> np.ndarray:
         start, end = (begin + offset for offset in header[name]["data_offsets"])
-        data = pages[start:end] if into is None else into
-        shares = np.array_split(data, max(1, min(len(files), data.size // _BLOCK)))
+        if into is None:
+            return pages[start:end].view(numpy_dtype(header[name]["dtype"])).reshape(header[name]["shape"])
+        shares = np.array_split(into, max(1, min(len(files), into.size // _BLOCK)))
         starts = accumulate((share.size for share in shares), initial=start)
-        # Pages are fetched by all threads before one copies them: it would wait for each.
-        for _ in pool.map(fetch if into is None else fill, files, starts, shares):  # raises what a thread has raised
+        for _ in pool.map(fill, files, starts, shares):  # raises what a thread has raised
             pass
-        return data if into is not None else data.view(_numpy(header[name]["dtype"])).reshape(header[name]["shape"])
+        return into
 
     return read
-
-
-def _numpy(dtype: str) -> np.dtype[Any]:
-    """NumPy's dtype of a name of safetensors; bfloat16 is one where JAX or TensorFlow is imported."""
-    return np.dtype({x: name for name, x in NUMPY.items()}[dtype])
 
 
 _AGAIN = "a file that says so is damaged: get it again from where it was written"
@@ -435,6 +425,11 @@ def dtype_name(name: str, dtype: str) -> str:
     if dtype not in NUMPY:
         raise TypeError(f"{name!r} is {dtype}, which a snapshot cannot hold")
     return NUMPY[dtype]
+
+
+def numpy_dtype(code: str) -> np.dtype[Any]:
+    """NumPy's dtype of a name of safetensors; bfloat16 is one where JAX, TensorFlow or `ml_dtypes` is imported."""
+    return np.dtype(next(name for name, x in NUMPY.items() if x == code))
 
 
 def decay_groups(hyper: Hyper) -> tuple[Hyper, Hyper]:

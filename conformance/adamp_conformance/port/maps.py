@@ -26,20 +26,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jsonschema
+import ml_dtypes  # noqa: F401 - makes bfloat16 known to NumPy
 import numpy as np
 import tomli_w
 
 from adamp_conformance import layers
-from adamp_conformance.adapter import DTYPES
 from adamp_conformance.layers import Row
 from adamp_conformance.spec_files import spec_file
 from adamp_spec import Layout, snapshot
-from adamp_spec.snapshot import MOMENTS, NUMPY, Entry, Snapshot, Tensor
+from adamp_spec.snapshot import MOMENTS, Entry, Snapshot, Tensor, numpy_dtype
 
 SAME = "same"
 Place = str | Mapping[str, str]
 _APART = "give each a name of its own, by a star or in a table"
-_NUMPY = {code: DTYPES.get(name, np.dtype(name)) for name, code in NUMPY.items()}  # those of safetensors -> NumPy's
 
 
 class MapError(ValueError):
@@ -383,7 +382,7 @@ def _joined(
 
 
 def _constant(x: np.ndarray, dtype: str) -> _Held:
-    return _Held(x.shape, {"other": dtype}, None, lambda _: x.astype(_NUMPY[dtype]))
+    return _Held(x.shape, {"other": dtype}, None, lambda _: x.astype(numpy_dtype(dtype)))
 
 
 def _stacked(parts: Sequence[_Held], axis: int) -> _Held:
@@ -406,7 +405,9 @@ def _stacked(parts: Sequence[_Held], axis: int) -> _Held:
     whole = (*shape[:axis], len(parts), *shape[axis:])
 
     def read(kind: str) -> np.ndarray:
-        stack = np.empty(whole, _NUMPY[parts[0].dtypes[kind]])  # filled layer by layer: np.stack would hold all twice
+        stack = np.empty(
+            whole, numpy_dtype(parts[0].dtypes[kind])
+        )  # filled layer by layer: np.stack would hold all twice
         for layer, part in zip(np.moveaxis(stack, axis, 0), parts, strict=True):
             layer[...] = part.read(kind)
         return stack
