@@ -405,9 +405,8 @@ def _stacked(parts: Sequence[_Held], axis: int) -> _Held:
     whole = (*shape[:axis], len(parts), *shape[axis:])
 
     def read(kind: str) -> np.ndarray:
-        stack = np.empty(
-            whole, numpy_dtype(parts[0].dtypes[kind])
-        )  # filled layer by layer: np.stack would hold all twice
+        # Filled layer by layer: np.stack would hold all of them twice.
+        stack = np.empty(whole, numpy_dtype(parts[0].dtypes[kind]))
         for layer, part in zip(np.moveaxis(stack, axis, 0), parts, strict=True):
             layer[...] = part.read(kind)
         return stack
