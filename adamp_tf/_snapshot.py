@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import asdict, fields
 from typing import Any
@@ -132,16 +133,29 @@ def _hyperparameters(optimizer: ProjectedOptimizer) -> tuple[str, Hyper]:
 
 def _tensor(name: str, x: Any) -> snapshot.Tensor:
     def read() -> np.ndarray:
-        # convert_to_numpy copies. It is needed on torch, where NumPy knows neither bfloat16 nor devices.
-        on_host = ops.convert_to_numpy(x) if backend() == "torch" else np.asarray(ops.stop_gradient(x.value))
+        # convert_to_numpy copies. It is needed on torch, where NumPy knows neither bfloat16 nor devices, and where there
+        # are no axes: then NumPy takes no bfloat16 of TensorFlow's.
+        copied = backend() == "torch" or not x.ndim
+        on_host = ops.convert_to_numpy(x) if copied else np.asarray(ops.stop_gradient(x.value))
         return on_host.astype(np.dtype(standardize_dtype(x.dtype)), copy=False)
 
     return snapshot.Tensor(_dtype(name, x), tuple(x.shape), read)
 
 
 def _assign(variable: Any, tensor: snapshot.Tensor) -> None:
-    # TensorFlow copies what it is given, pages of the file; JAX would keep these, and torch wants memory to write to.
-    variable.assign(tensor.read() if backend() == "tensorflow" else tensor.load())
+    if backend() != "tensorflow":
+        return variable.assign(tensor.load())
+    # TensorFlow copies what NumPy holds, in one thread. So the file is read into a tensor that nobody has seen yet, and
+    # the variable takes that over. Python shows its memory (of bfloat16 only as integers), though to be read only.
+    import tensorflow as tf
+
+    dtype = tf.as_dtype(variable.dtype)
+    shown = tf.uint16 if dtype == tf.bfloat16 else dtype
+    with tf.device("CPU:0"):
+        fresh = tf.raw_ops.Empty(shape=tensor.shape, dtype=shown, init=False)
+    memory = np.asarray(memoryview(fresh))
+    tensor.read(np.ctypeslib.as_array((ctypes.c_uint8 * memory.nbytes).from_address(memory.ctypes.data)))
+    variable.assign(fresh if shown == dtype else tf.bitcast(fresh, dtype))
 
 
 def _dtype(name: str, x: Any) -> str:
