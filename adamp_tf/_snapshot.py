@@ -133,8 +133,8 @@ def _hyperparameters(optimizer: ProjectedOptimizer) -> tuple[str, Hyper]:
 
 def _tensor(name: str, x: Any) -> snapshot.Tensor:
     def read() -> np.ndarray:
-        # convert_to_numpy copies. It is needed on torch, where NumPy knows neither bfloat16 nor devices, and where there
-        # are no axes: then NumPy takes no bfloat16 of TensorFlow's.
+        # convert_to_numpy copies. It is needed on torch, where NumPy knows neither bfloat16 nor devices, and for
+        # scalars, of which it takes no bfloat16 one from TensorFlow.
         copied = backend() == "torch" or not x.ndim
         on_host = ops.convert_to_numpy(x) if copied else np.asarray(ops.stop_gradient(x.value))
         return on_host.astype(np.dtype(standardize_dtype(x.dtype)), copy=False)
