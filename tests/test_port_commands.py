@@ -1,6 +1,7 @@
 """`adamp-parity map` and `port`: every format to every framework and back, and what is refused."""
 
 import filecmp
+import io
 import json
 import re
 import shutil
@@ -18,11 +19,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 from flax import linen, nnx, serialization
+from rich.console import Console
 from safetensors.numpy import load_file
 
 import adamp_jax
 import adamp_tf
 import adamp_torch
+from adamp_conformance import cli
 from adamp_conformance.cli import main
 from adamp_conformance.port.maps import Map, Pair, convert_snapshot
 from adamp_conformance.port.trainings import CheckpointError, OptaxTraining, training_of
@@ -261,6 +264,19 @@ def test_a_dry_run_shows_all_and_writes_nothing(checkpoints, target):
     assert "norm/moving_variance (5,)" in shown.output
     assert [x.name for x in target.parent.iterdir()] == [target.name]
     assert target.read_text() == "what was there"
+
+
+def test_a_terminal_shows_how_much_is_carried_over(checkpoints, tmp_path, monkeypatch):
+    terminal = Console(force_terminal=True, width=200, file=io.StringIO())
+    monkeypatch.setattr(cli, "console", terminal)
+    assert port(checkpoints / "torch.pt", tmp_path / "keras.keras").exit_code == 0
+    shown = re.findall(
+        r"carrying over .*?([\d.]+)/([\d.]+) (\w+)", re.sub(r"\x1b\[[\d;?]*\w", "", terminal.file.getvalue())
+    )
+    done, total, unit = shown[-1]
+    assert done == total
+    size = sum(x.nbytes for x in load_file(checkpoints / "keras.keras.safetensors").values())
+    assert (float(total), unit) == (round(size / 1000, 1), "kB")
 
 
 def test_a_checkpoint_is_replaced_with_force_only(checkpoints, tmp_path):
