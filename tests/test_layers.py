@@ -45,11 +45,13 @@ KEY = jax.random.key(0)
 
 @pytest.fixture(scope="module", autouse=True)
 def float64():
-    floatx = keras.config.floatx()
+    floatx, policy = keras.config.floatx(), keras.config.dtype_policy()  # which follows floatx only until a layer asks
     keras.config.set_floatx("float64")
+    keras.config.set_dtype_policy("float64")
     with jax.enable_x64(True):
         yield
     keras.config.set_floatx(floatx)
+    keras.config.set_dtype_policy(policy)
     for cached in (real, problem):
         cached.cache_clear()
 

@@ -140,7 +140,7 @@ def test_the_oracle_imports_numpy_only():
     [
         ("adamp_spec", {"safetensors"}),  # in its snapshot module, which the oracle does not import
         ("adamp_torch", {"adamp_spec", "torch", "numba", "llvmlite", "triton"}),
-        ("adamp_tf", {"adamp_spec", "keras"}),
+        ("adamp_tf", {"adamp_spec", "keras", "tensorflow"}),  # the latter where Keras runs on it
         ("adamp_jax", {"adamp_spec", "jax", "optax"}),
     ],
 )
