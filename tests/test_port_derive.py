@@ -678,8 +678,8 @@ def nnx_one(layer, *args, **kw):
         ),
         (
             lambda: torch_named(one=nn.PReLU(4)),
-            lambda: keras_named(kl.PReLU(shared_axes=[1, 2]), shape=(8, 8, 4)),
-            *("prelu", {"...": 2}),
+            lambda: keras_named(kl.PReLU(shared_axes=[1]), shape=(8, 4)),
+            *("prelu", {"...": 1}),
         ),
         (
             lambda: torch_named(one=nn.Linear(8, 8, bias=False)),
@@ -784,7 +784,7 @@ def keras_flattening(pooled):
     inputs = keras.Input((4, 4, 1))
     x = kl.BatchNormalization()(kl.Conv2D(4, 3)(inputs))
     x = kl.GlobalAveragePooling2D()(x) if pooled else kl.Flatten()(x)
-    return keras.Model(inputs, kl.Dense(4)(kl.Dense(16)(kl.Dense(4)(x))))
+    return keras.Model(inputs, kl.Dense(4)(kl.Dense(12)(kl.Dense(4)(x))))
 
 
 class LinenFlattening(linen.Module):
@@ -792,13 +792,13 @@ class LinenFlattening(linen.Module):
     def __call__(self, x):
         x = linen.Conv(4, (3, 3), padding="VALID")(x)
         x = linen.BatchNorm(use_running_average=True)(x).reshape(len(x), -1)
-        return linen.Dense(4)(linen.Dense(16)(linen.Dense(4)(x)))
+        return linen.Dense(4)(linen.Dense(12)(linen.Dense(4)(x)))
 
 
 def test_a_dense_layer_after_flattened_images_is_left_to_the_user():
     """Shapes agree, and the order of its inputs does not; dense layers after it are as elsewhere."""
     for pooled in (False, True):
-        source = torch_inventory(nn.Sequential(*flattening(pooled), nn.Linear(4, 16), nn.Linear(16, 4)))
+        source = torch_inventory(nn.Sequential(*flattening(pooled), nn.Linear(4, 12), nn.Linear(12, 4)))
         found = propose(source, keras_inventory(keras_flattening(pooled)))
         left = [x.layer.path for x in found.unmatched_source if "after Flatten" in x.why]
         assert left == ([] if pooled else ["4"])
@@ -863,6 +863,27 @@ def nnx_like(**modules):
             "a",
             {"conv": nn.Conv2d(1, 8, 3), "a": nn.Linear(288, 16), "b": nn.Linear(16, 32), "c": nn.Linear(32, 4)},
         ),
+        (  # as many features as another layer gives
+            "head",
+            {
+                **{"conv": nn.Conv2d(3, 64, 3), "second": nn.Conv2d(64, 16, 3)},
+                **{"squeeze": nn.Linear(16, 4), "excite": nn.Linear(4, 16), "head": nn.Linear(64, 10)},
+            },
+        ),
+        (
+            "value policy out",
+            {
+                **{"conv": nn.Conv2d(1, 4, 3), "value": nn.Linear(64, 64), "policy": nn.Linear(64, 6)},
+                "out": nn.Linear(64, 1),
+            },
+        ),
+        (
+            "",
+            {
+                **{"conv": nn.Conv2d(1, 8, 3), "hidden": nn.Linear(8, 16)},
+                **{"mean": nn.Linear(16, 4), "spread": nn.Linear(16, 4), "other": nn.Linear(16, 2)},
+            },
+        ),
         ("", {"conv": nn.Conv2d(1, 8, 3), "norm": nn.BatchNorm2d(8), "head": nn.Linear(8, 4)}),
         ("", {"conv": nn.Conv2d(1, 8, 3), "rnn": nn.LSTM(8, 5), "head": nn.Linear(5, 4)}),
         (
@@ -909,3 +930,15 @@ def test_layers_around_which_images_may_be_flattened_or_made_are_left_to_the_use
             assert " ".join(x.layer.path for x in unmatched if x.layer.path != "image_norm") == left
             assert all("after Flatten" in x.why for x in unmatched if x.layer.path != "image_norm")
         assert len(found.map.pairs) == len(modules.keys() - {"image_norm"}) - len(left.split())
+
+
+def test_a_model_of_images_without_convolutions_is_left_to_the_user_where_they_are_flattened():
+    there = keras.Sequential([keras.Input((8, 8, 3)), kl.Flatten(), kl.Dense(32), kl.Dense(10)])
+    dense = nn.Linear(192, 32), nn.Linear(32, 10)
+    for here in (nn.Sequential(nn.Flatten(), *dense), nn.Sequential(*dense)):
+        found = propose(torch_inventory(here), keras_inventory(there))
+        assert ["after Flatten" in x.why for x in found.unmatched_source] == [True]
+        assert [pair.source for pair in found.map.pairs] == [(f"{len(here) - 1}.*",)]
+    on_vectors = keras.Sequential([keras.Input((192,)), kl.Dense(32), kl.Dense(10)])
+    assert not propose(torch_inventory(nn.Sequential(*dense)), keras_inventory(on_vectors)).unmatched_source
+    assert propose(torch_inventory(nn.Sequential(nn.Flatten(), *dense)), keras_inventory(on_vectors)).unmatched_source

@@ -146,7 +146,8 @@ class _Matching:
         """The map without the pairs whose row may be another, and why layers are in none."""
         unmatched: tuple[list[Unmatched], list[Unmatched]] = ([], [])
         turned = (self.sides[0].framework in _CHANNELS_FIRST) != (self.sides[1].framework in _CHANNELS_FIRST)
-        marked = [flattened(inventory) if turned else set() for inventory in self.sides]
+        images = any(inventory.images for inventory in self.sides)
+        marked = [flattened(inventory, images) if turned else set() for inventory in self.sides]
         kept = []
         for found in sorted(self.found, key=lambda each: each.items[1].places[0]):
             if not any(places & set(item.places) for places, item in zip(marked, found.items, strict=True)):

@@ -25,22 +25,30 @@ class _Features(NamedTuple):
     given: set[int]
 
 
-def flattened(inventory: Inventory) -> set[int]:
+def flattened(inventory: Inventory, images: bool = False) -> set[int]:
     """The places of the layers before which images may be flattened, or of whose outputs images may be made.
 
-    In a model with convolutions, these are the layers that take what no layer before them gives, and those beside a
-    convolution, norms aside, whose features are not its channels.
+    Layers may come in another order than they are called in, and what is between them is not known. So a layer of
+    features is above suspicion only if it takes what the one before it gives, or takes itself from somewhere above
+    suspicion: a count that some layer takes of flattened images is suspicious everywhere. Norms, of which models are
+    declared in many orders, may follow any layer that gives as much. What gives images must give their channels.
+
+    Args:
+      inventory: of the model.
+      images: whether there may be images though there are no convolutions.
     """
     features = [_features(inventory, layer) for layer in inventory.layers]
-    images = {n for x in features if x.kind == "conv" for n in x.taken}
-    if not images:
+    channels = {n for x in features if x.kind == "conv" for n in x.taken}
+    if not channels and not images:
         return set()
+    found: set[int] = set()
+    given: set[int] = set()  # by any layer before
+    offered: set[int] = set()  # by the layer before, norms aside, and by what it has taken from
+    suspicious: set[int] = set()
 
     def agree(own: set[int], others: set[int]) -> bool:
-        return not own or bool(own & (others | {1}))  # one feature has no order
+        return not own or bool(own & (others - suspicious | {1}))  # one feature has no order
 
-    found: set[int] = set()
-    known: set[int] = set()
     for i, x in enumerate(features):
         norm = x.kind == "norm"
         near = (next((y for y in beside if y.kind != "norm"), x) for beside in (features[:i][::-1], features[i + 1 :]))
@@ -48,11 +56,21 @@ def flattened(inventory: Inventory) -> set[int]:
         if norm and before and after:  # it may be of either, and after a concatenation
             before = after = None
         gives = after is None or agree(x.given, after.taken)
-        takes = x.kind == "conv" or agree(x.taken, known | images if norm else known)
-        if not (gives and takes and (before is None or agree(x.taken, before.given))):
+        if x.kind == "conv":
+            takes = True
+        elif norm:
+            takes = agree(x.taken, given | channels) and (before is None or agree(x.taken, before.given))
+        else:
+            takes = agree(x.taken, offered)
+        if not (gives and takes):
             found.add(i)
-        if gives and not norm:
-            known |= x.given
+        if not takes:
+            suspicious |= x.taken
+        if norm:
+            continue
+        if gives:
+            given |= x.given
+        offered = (x.given if gives else set()) | (x.taken if takes and x.kind != "conv" else set())
     return found
 
 

@@ -52,12 +52,15 @@ class Inventory(NamedTuple):
       framework: one of `adamp_conformance.layers.FRAMEWORKS`.
       shapes: name in the model -> shape, of every tensor that a snapshot holds.
       trained: the names of those that the optimizer steps.
+      images: whether something other than its layers tells that it may take or make images: inputs of four axes or
+        more, a module that flattens.
     """
 
     framework: str
     layers: tuple[Layer, ...]
     shapes: Mapping[str, tuple[int, ...]]
     trained: frozenset[str]
+    images: bool = False
 
     def shapes_of(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         """The shapes of a layer's tensors by their names in the layer."""
@@ -113,7 +116,8 @@ def torch_inventory(model: Any, trained: Iterable[str] | None = None) -> Invento
                     cell = path if alone else f"{prefix}l{layer}{way}"
                     yield _Found(cell, (f"{prefix}*_l{layer}{way}",), module, kind)
 
-    return _inventory("torch", found(), shapes, names)
+    images = any(isinstance(module, torch.nn.Flatten | torch.nn.Unflatten) for module in model.modules())
+    return _inventory("torch", found(), shapes, names)._replace(images=images)
 
 
 def keras_inventory(model: Any) -> Inventory:
@@ -132,7 +136,9 @@ def keras_inventory(model: Any) -> Inventory:
             yield from found(inner)
 
     trained = {x.path for x in model.trainable_variables}
-    return _inventory("keras", found(model), {path: tuple(x.shape) for path, x in variables.items()}, trained)
+    shapes = {path: tuple(x.shape) for path, x in variables.items()}
+    images = _images(getattr(model, "inputs", None) or ())  # a subclassed model has none
+    return _inventory("keras", found(model), shapes, trained)._replace(images=images)
 
 
 def nnx_inventory(model: Any, params: Any, others: Any = None) -> Inventory:
@@ -175,7 +181,8 @@ def linen_inventory(module: Any, params: Any, others: Any = None, inputs: tuple[
 
     with linen.intercept_methods(watch):
         jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))
-    return trees.inventory("linen", (_Found(path, trees.patterns(path), x) for path, x in seen.items()))
+    found = (_Found(path, trees.patterns(path), x) for path, x in seen.items())
+    return trees.inventory("linen", found)._replace(images=_images(jax.tree.leaves(inputs)))
 
 
 def equinox_inventory(model: Any, params: Any, others: Any = None) -> Inventory:
@@ -224,7 +231,8 @@ def haiku_inventory(transformed: Any, params: Any, others: Any = None, inputs: t
 
     with hk.intercept_methods(watch):
         jax.eval_shape(lambda: transformed.init(jax.random.key(0), *inputs))
-    return trees.inventory("haiku", (_Found(path, trees.patterns(path), x) for path, x in seen.items()))
+    found = (_Found(path, trees.patterns(path), x) for path, x in seen.items())
+    return trees.inventory("haiku", found)._replace(images=_images(jax.tree.leaves(inputs)))
 
 
 def classes(form: Form, framework: str) -> frozenset[str]:
@@ -303,6 +311,10 @@ def _inventory(
 
     layers += [Layer(name, PARAMETER, {"": name}, {}) for name in sorted(left, key=owner)]
     return Inventory(framework, tuple(layers), dict(shapes), frozenset(trained))
+
+
+def _images(inputs: Iterable[Any]) -> bool:
+    return any(len(x.shape) > 3 for x in inputs)
 
 
 @cache
