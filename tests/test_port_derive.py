@@ -601,13 +601,32 @@ def test_nothing_is_taken_twice():
 
 
 def test_what_names_leave_of_layers_that_are_alike_is_not_the_only_one_that_fits():
-    """The names count otherwise here, so that `dense_1` is the wrong one."""
-    source = torch_named(dense_1=nn.Linear(4, 4), dense_2=nn.Linear(4, 4))
-    pairs = complete(source, keras_named(kl.Dense(4, name="dense"), kl.Dense(4, name="dense_1")))
+    source = torch_named(inner=nn.Linear(4, 4), outer=nn.Linear(4, 4))
+    pairs = complete(source, keras_named(kl.Dense(4, name="first"), kl.Dense(4, name="inner")))
     assert [(pair.source, pair.target, pair.note) for pair in pairs] == [
-        (("dense_2.*",), ("m/dense/*",), IN_ORDER),
-        (("dense_1.*",), ("m/dense_1/*",), ""),
+        (("outer.*",), ("m/first/*",), IN_ORDER),
+        (("inner.*",), ("m/inner/*",), ""),
     ]
+
+
+class Numbered(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return linen.Dense(4, name="Dense_1")(linen.Dense(4)(x))
+
+
+def test_numbers_that_a_library_gives_are_no_names():
+    """Keras calls its first dense layer `dense` and its second `dense_1`, unless the process has made some before."""
+    source = torch_named(dense_1=nn.Linear(4, 4), dense_2=nn.Linear(4, 4))
+    x = np.zeros((1, 4), np.float32)
+    numbered = linen_inventory(Numbered(), Numbered().init(jax.random.key(0), x)["params"], None, (x,))
+    for target, first in (
+        (keras_named(kl.Dense(4, name="dense"), kl.Dense(4, name="dense_1")), "m/dense/*"),
+        (numbered, "Dense_0/*"),
+    ):
+        pairs = complete(source, target)
+        assert [(pair.source, pair.note) for pair in pairs] == [(("dense_1.*",), IN_ORDER), (("dense_2.*",), IN_ORDER)]
+        assert pairs[0].target == (first,)
 
 
 def uncounted():

@@ -102,13 +102,14 @@ class _Matching:
 
     def match(self, sources: list[_Item], targets: list[_Item]) -> None:
         """Adds the pairs that names tell, and then those that order tells."""
-        for ours, theirs in (((), ()), (_prefix(self.sides[0]), _prefix(self.sides[1]))):
+        here, there = self.sides
+        for ours, theirs in (((), ()), (_prefix(here), _prefix(there))):
             named: dict[tuple[str, ...], list[_Item]] = {}
             for item in sources:
-                for words in _names(item, ours):
+                for words in _names(item, here.framework, ours):
                     named.setdefault(words, []).append(item)
             for target in list(targets):
-                same = [x for words in _names(target, theirs) for x in named.get(words, ())]
+                same = [x for words in _names(target, there.framework, theirs) for x in named.get(words, ())]
                 fitting = {x.places: x for x in same if x in sources and isinstance(self.fit(x, target), _Fit)}
                 if len(fitting) == 1:
                     (source,) = fitting.values()
@@ -180,6 +181,9 @@ class _Matching:
 # ------------------------------------------------------------------------------------------------ names
 
 
+_NUMBERING = {"keras", "linen", "haiku"}  # call unnamed layers by class and number: dense_1, which may be any's name
+
+
 def _words(path: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[^\W_]+", path.lower()))
 
@@ -191,7 +195,11 @@ def _prefix(inventory: Inventory) -> tuple[str, ...]:
     return _words("/".join(each[0] for each in shared))
 
 
-def _names(item: _Item, prefix: tuple[str, ...]) -> set[tuple[str, ...]]:
+def _names(item: _Item, framework: str, prefix: tuple[str, ...]) -> set[tuple[str, ...]]:
+    """What somebody called it, with and without the model's own name; nothing where its framework has numbered it."""
+    last = item.path.rpartition("/")[2]
+    if framework in _NUMBERING and re.sub(r"_\d+$", "", last).replace("_", "").lower() == item.layers[0].kind.lower():
+        return set()
     words = _words(item.path)
     return {words, words[len(prefix) :]}
 
