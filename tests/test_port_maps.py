@@ -332,6 +332,16 @@ def test_a_file_holds_all_of_a_map(tmp_path):
         assert Map.read(tmp_path / "map.toml").reversed().reversed() == one
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_file_takes_further_layers(count, tmp_path):
+    """However few and short those are that it has: they are never written in one line."""
+    pairs = tuple(Pair("dense", (f"{i}.*",), (f"d{i}/*",), {"m": 1} if i else {}) for i in range(count))
+    Map("torch", "keras", pairs).write(tmp_path / "map.toml", ["unmatched: the last"])
+    with open(tmp_path / "map.toml", "a") as file:
+        file.write('[[layer]]\nrow = "conv"\nsource = "x.*"\ntarget = "y/*"\n')
+    assert Map.read(tmp_path / "map.toml").pairs == (*pairs, Pair("conv", ("x.*",), ("y/*",)))
+
+
 @pytest.mark.parametrize(
     ("text", "match"),
     [

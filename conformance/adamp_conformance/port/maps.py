@@ -111,8 +111,12 @@ class Map:
         return cls(table["source"], table["target"], tuple(pairs), table.get("rows", {}))
 
     def write(self, path: str | os.PathLike[str], comments: Sequence[str] = ()) -> None:
-        """Writes what `read` reads, and comments after it."""
-        Path(path).write_text(tomli_w.dumps(self.to_dict()) + "".join(f"# {comment}\n" for comment in comments))
+        """Writes what `read` reads, and comments after it; each layer is a `[[layer]]`, to which others can be added."""
+        table = self.to_dict()
+        entries = [tomli_w.dumps({"layer": entry}).replace("[layer]", "[[layer]]", 1) for entry in table.pop("layer")]
+        rows = [tomli_w.dumps({"rows": table.pop("rows")})] if self.rows else []
+        lines = "".join(f"# {comment}\n" for comment in comments)
+        Path(path).write_text("\n".join([tomli_w.dumps(table), *entries, *rows, lines]).rstrip("\n") + "\n")
 
     def to_dict(self) -> dict[str, Any]:
         """The map as TOML has it."""
