@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path):
     for optimizer, message in (
         (make(beta_1=0.8), r"\{'beta_1': 0.9\}: compile the model with these"),
         (make(weight_decay=0.0), "make two groups"),
-        (make(layouts={"first/kernel": Layout(0)}), "in `layouts`"),
+        (make(layouts={"first/kernel": Layout(0)}), r"make it with layouts={.first/kernel.: Layout\(channel=-1\)}"),
         (MAKERS["sgdp"](), "make the other one"),
     ):
         other = network(optimizer)

@@ -1070,7 +1070,7 @@ IN_PROJ = {"in_proj_weight": np.zeros((24, 8))}
         (("conv", {"weight": KERNEL}, "keras", "torch"), r"no \['weight'\] in keras; it has \['bias', 'kernel'\]"),
         (("dense", {"kernel": KERNEL}, "keras", "torch"), r"'in OUT' and cannot have shape \(3, 3, 4, 6\)"),
         (("conv", {"kernel": KERNEL, "bias": np.zeros(5)}, "keras", "torch"), r"'bias' is 'out' and cannot .* \(5,\)"),
-        (("attention", IN_PROJ, "torch", "keras"), "size of axis 'heads'; give it as sizes"),
+        (("attention", IN_PROJ, "torch", "keras"), "size of axis 'heads'; give it in sizes"),
         (("attention", IN_PROJ, "torch", "keras", {"heads": 3}), "'in_proj_weight' .* cannot have shape"),
         (("attention", IN_PROJ, "torch", "keras", {"head": 2}), r"no axes \['head'\]"),
         (("attention", {"query/w": np.zeros((8, 8))}, "haiku", "torch"), r"\['key/w', 'value/w'\] of haiku missing"),

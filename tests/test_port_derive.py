@@ -640,7 +640,7 @@ def uncounted():
     [
         (lambda: nn.Linear(4, 5), lambda: kl.Dense(6), (4,), "would be bias (5,), kernel (4, 5), and is bias (6,), "),
         (lambda: nn.Linear(4, 5), lambda: kl.Dense(5, use_bias=False), (4,), "and is kernel (4, 5)"),
-        (lambda: nn.Linear(4, 5), lambda: kl.Dense(5, trainable=False), (4,), "and is bias (5,) frozen"),
+        (lambda: nn.Linear(4, 5), lambda: kl.Dense(5, trainable=False), (4,), "one model's optimizer has bias, kernel"),
         (lambda: nn.Linear(4, 5), lambda: kl.Conv1D(5, 1), (3, 4), "nothing of its kind"),
         (lambda: nn.BatchNorm1d(4, track_running_stats=False), kl.BatchNormalization, (4,), "moving_mean (4,) frozen"),
         (uncounted, kl.BatchNormalization, (4,), "num_batches_tracked () frozen, "),

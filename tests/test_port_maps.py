@@ -231,7 +231,7 @@ def test_fused_attention_that_decides_as_a_whole():
 
 
 def test_heads_that_nothing_tells():
-    refused("give it as sizes", [replace(x, sizes={}) if x is SELF else x for x in KERAS.pairs])
+    refused("give it in sizes", [replace(x, sizes={}) if x is SELF else x for x in KERAS.pairs])
 
 
 @pytest.mark.parametrize("trained", [False, True])

@@ -387,7 +387,7 @@ def plain_layouts(model):
         (larger, adamp, "only the model .'more'"),
         (barer, adamp, "other tensors: only the snapshot has .'norm.running_mean'"),
         (Network, one_group, "make two groups"),
-        (Network, plain_layouts, "in `layouts`"),
+        (Network, plain_layouts, r"make it with layouts={'embed.weight': Layout\(channel=1\)}"),
     ],
 )
 def test_another_model_is_refused_and_stays_as_it_was(model, make, message, trained):

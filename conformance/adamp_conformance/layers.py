@@ -322,7 +322,7 @@ class _Known(NamedTuple):
         if letter.name not in self.sizes:
             raise ValueError(
                 f"layer {self.row.name!r}: the shapes do not tell the size of axis {letter.name!r}; "
-                f"give it as sizes={{{letter.name!r}: n}}"
+                f"give it in sizes (a map says sizes = {{ {letter.name} = n }})"
             )
         return self.sizes[letter.name]
 
@@ -335,7 +335,8 @@ def _expand(row: Row, axes: Axes, spatial: int | None) -> Axes:
     if spatial is None:
         if any(letter.name.endswith(SPATIAL) for axis in axes for letter in axis):
             raise ValueError(
-                f"layer {row.name!r}: the shapes do not tell the number of spatial axes; give it as sizes={{'...': n}}"
+                f"layer {row.name!r}: the shapes do not tell the number of spatial axes; give it in sizes "
+                'as "..." (a map says sizes = { "..." = n })'
             )
         return axes
     written: list[tuple[Letter, ...]] = []

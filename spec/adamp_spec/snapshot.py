@@ -195,6 +195,7 @@ class Snapshot:
                     f"only the model {sorted(wanted - given)}; make both alike"
                 )
         become: dict[int, Hyper] = {}
+        apart: dict[str, tuple[Layout, Layout]] = {}  # -> in the snapshot, in the optimizer
         for name, place in places.items():
             entry, tensor = self.parameters[name], tensors[f"parameter/{name}"]
             if (tensor.dtype, tensor.shape) != (place.dtype, place.shape):
@@ -214,12 +215,15 @@ class Snapshot:
                     f"{name!r}, {self.groups[entry.group]}: make two groups of it "
                     "(weight_decay_mask in Optax, exclude_from_weight_decay in Keras)"
                 )
-            there, here = entry.layout.rows(place.shape), place.layout.rows(place.shape)
-            if there != here and (there.projects or here.projects):
-                raise SnapshotError(
-                    f"parameter {name!r} has {entry.layout} in the snapshot, {place.layout} in the optimizer, which is "
-                    "then another optimizer: give it the snapshot's in `layouts`"
-                )
+            saved, own = entry.layout.rows(place.shape), place.layout.rows(place.shape)
+            if saved != own and (saved.projects or own.projects):
+                apart[name] = entry.layout, place.layout
+        if apart:
+            there, here = (", ".join(f"{name!r}: {x[i]}" for name, x in apart.items()) for i in (0, 1))
+            raise SnapshotError(
+                f"the optimizer decides by {{{here}}}, which is another optimizer than the snapshot's: make it with "
+                f"layouts={{{there}}}"
+            )
         for name, (kept, shape) in others.items():
             tensor = tensors[f"other/{name}"]
             if (tensor.dtype, tensor.shape) != (kept, shape):

@@ -336,8 +336,15 @@ def _refused(given: Map, source: Inventory, ours: _Item, target: Inventory, thei
         found = {x.partition("/")[2]: (tensor.shape, x.startswith("other/")) for x, tensor in tensors.items()}
         names = {full: name for layer in item.layers for name, full in layer.tensors.items()}
         wanted = {x: (inventory.shapes[x], x not in inventory.trained) for x in names}
-        if found != wanted:
-            return f"{_WOULD_BE}{_listed(found, names)}, and is {_listed(wanted, names)}"
+        if found == wanted:
+            continue
+        apart = sorted(names[x] for x in found.keys() & wanted.keys() if found[x][1] != wanted[x][1])
+        if {x: shape for x, (shape, _) in found.items()} == {x: shape for x, (shape, _) in wanted.items()}:
+            return (
+                f"{_WOULD_BE}the same, but only one model's optimizer has {', '.join(apart)}: train it in both or in "
+                "none (PyTorch: leave it out of the optimizer; Keras: trainable=False; Optax: keep it in others)"
+            )
+        return f"{_WOULD_BE}{_listed(found, names)}, and is {_listed(wanted, names)}"
     return None
 
 

@@ -111,7 +111,7 @@ class Map:
         return cls(table["source"], table["target"], tuple(pairs), table.get("rows", {}))
 
     def write(self, path: str | os.PathLike[str], comments: Sequence[str] = ()) -> None:
-        """Writes what `read` reads, and comments after it; each layer is a `[[layer]]`, to which others can be added."""
+        """Writes what `read` reads, and comments after it; layers can be added, as each is a `[[layer]]`."""
         table = self.to_dict()
         entries = [tomli_w.dumps({"layer": entry}).replace("[layer]", "[[layer]]", 1) for entry in table.pop("layer")]
         rows = [tomli_w.dumps({"rows": table.pop("rows")})] if self.rows else []
