@@ -3,10 +3,13 @@
 import filecmp
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -15,6 +18,8 @@ import haiku as hk
 import jax
 import keras
 import numpy as np
+import optax
+import orbax.checkpoint
 import pytest
 import torch
 from click.testing import CliRunner
@@ -29,7 +34,7 @@ from adamp_conformance import cli
 from adamp_conformance.cli import main
 from adamp_conformance.port.maps import Map, Pair, convert_snapshot
 from adamp_conformance.port.trainings import CheckpointError, OptaxTraining, training_of
-from adamp_spec import AdamPHyper, SGDPHyper
+from adamp_spec import AdamPHyper, Layout, SGDPHyper, snapshot
 
 HYPER = AdamPHyper(lr=0.0625, weight_decay=0.1, nesterov=True)  # a rate that float32 has, which Keras keeps it in
 IMAGES = np.random.default_rng(0).standard_normal((8, 4, 4, 3), np.float32)
@@ -352,6 +357,84 @@ def test_checkpoints_of_every_library_of_jax_come_back(setup, name, tmp_path):
     assert sorted(x.name for x in tmp_path.iterdir()) == ["after.safetensors", "before.safetensors", name]
 
 
+def test_a_step_of_a_checkpoint_manager_is_read(tmp_path, checkpoints):
+    made = training_of(in_nnx())
+    made.read(checkpoints / "nnx")
+    with orbax.checkpoint.CheckpointManager(tmp_path / "run") as manager:
+        for step in (9, 10):
+            manager.save(step, args=orbax.checkpoint.args.StandardSave(made._trees()), metrics={"loss": 0.5})
+    for folder in ("run/9", "run/10/default"):
+        training = training_of(in_nnx())
+        training.read(tmp_path / folder)
+        training.save_snapshot(tmp_path / "x.safetensors")
+        assert filecmp.cmp(tmp_path / "x.safetensors", checkpoints / "nnx.safetensors", shallow=False)
+    with pytest.raises(CheckpointError, match=r"give one of the folders in it that are: 10; 9$"):
+        training_of(in_nnx()).read(tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"it has no _METADATA, and so is no checkpoint of Orbax$"):
+        training_of(in_nnx()).read(tmp_path / "empty")
+
+
+RATES = optax.exponential_decay(0.5, 1, 0.5)
+
+
+def linen_scheduled():
+    tx = adamp_jax.adamp(RATES, weight_decay=0.1, nesterov=True)
+    made = in_linen()
+    return made._replace(opt_state=tx.init(made.params), hyperparameters=replace(HYPER, lr=0.5))
+
+
+def test_a_schedule_gives_the_learning_rate_of_a_snapshot(checkpoints, tmp_path):
+    def rate():
+        with snapshot.opened(tmp_path / "x.safetensors") as (header, _):
+            return header.groups[0].lr
+
+    source = checkpoints / "linen.msgpack.safetensors"
+    training = training_of(linen_scheduled()._replace(schedule=RATES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        training.load_snapshot(source)
+        training.save_snapshot(tmp_path / "x.safetensors")
+    assert rate() == RATES(3) == 0.0625
+    training.made = training.made._replace(schedule=lambda step: 0.1 * 0.5**step)
+    training.save_snapshot(tmp_path / "x.safetensors")
+    assert rate() == 0.1 * 0.5**3
+
+    training = training_of(linen_scheduled())
+    with pytest.warns(UserWarning, match=r"keeps its own, 0\.5: make it with the snapshot's"):
+        training.load_snapshot(edited(source, tmp_path / "x.safetensors", with_rate))
+    with pytest.warns(UserWarning, match=r"has a schedule, and the learning rate that is written is 0\.25, that of"):
+        training.save_snapshot(tmp_path / "x.safetensors")
+    assert rate() == 0.25
+
+
+def with_rate(file):
+    of_header(file, lambda header: header["groups"][0].update(lr=0.25))
+
+
+def test_warnings_of_our_own_are_notes(checkpoints, tmp_path, monkeypatch):
+    def serialized(tree, original=serialization.msgpack_serialize):
+        warnings.warn("of another library", stacklevel=1)
+        return original(tree)
+
+    monkeypatch.setattr(serialization, "msgpack_serialize", serialized)
+    source = edited(checkpoints / "torch.pt.safetensors", tmp_path / "x.safetensors", with_rate)
+    setups = ("--from", f"{__name__}:in_torch", "--to", f"{__name__}:in_linen")
+    with pytest.warns(UserWarning, match="of another library") as others:
+        done = run("port", source, tmp_path / "x.msgpack", *setups)
+    assert done.exit_code == 0, done.output
+    assert done.output.startswith("note: the snapshot's learning rate is 0.25, and a transformation keeps its own")
+    assert [str(x.message) for x in others] == ["of another library"]
+
+
+def test_what_no_terminal_shows_is_not_folded():
+    code = "from rich.table import Table; from adamp_conformance.cli import console; console.print(Table('name' * 50))"
+    environment = {name: x for name, x in os.environ.items() if name != "COLUMNS"}
+    for given, width in ((environment, 204), (environment | {"COLUMNS": "100"}, 100)):
+        shown = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=given)
+        assert {len(line) for line in shown.stdout.splitlines()} == {width}
+
+
 def test_no_framework_is_imported_before_it_is_needed():
     known = {"torch", "keras", "tensorflow", "jax", "flax", "orbax"}
     code = f"import sys, adamp_conformance.cli; print({known} & set(sys.modules))"
@@ -551,7 +634,8 @@ def test_axes_that_are_confused_are_refused_though_their_sizes_fit(target, tmp_p
     made = ("--from", f"{__name__}:square_in_torch", "--to", f"{__name__}:square_in_keras")
     for more in ("--force", "--dry-run"):
         result = run("port", tmp_path / "x.pt", target, *made, "--map", tmp_path / "map.toml", more)
-        refused(result, "has Layout(channel=0) in the snapshot, Layout(channel=-1) in the optimizer", target)
+        refused(result, "another optimizer", target)
+        assert "'dense/kernel'" in result.output
 
 
 def test_models_that_do_not_fit_are_refused_and_listed(checkpoints, target, tmp_path):
@@ -563,33 +647,60 @@ def test_models_that_do_not_fit_are_refused_and_listed(checkpoints, target, tmp_
     assert len(Map.read(tmp_path / "map.toml").pairs) == 3
     refused(run("map", *models, "-o", tmp_path / "map.toml"), "is there already")
     made = ("--from", models[0], "--to", models[1], "--force")
-    refused(
-        run("port", checkpoints / "torch.pt", target, *made),
-        "0 layers are matched by order alone, 1 not at all",
-        target,
-    )
+    result = run("port", checkpoints / "torch.pt", target, *made)
+    refused(result, "0 layers are matched by order alone, 1 not at all", target)
+    assert "target layer 'more'" in result.output
+    assert "conv/kernel" not in result.output  # nothing of what is matched
 
 
 def test_what_order_alone_tells_must_be_checked_before(tmp_path, target):
     source = tmp_path / "torch.pt"
     training_of(torch_twins()).write(source)
     made = ("--from", f"{__name__}:torch_twins", "--to", f"{__name__}:keras_twins", "--force")
-    refused(run("port", source, target, *made), "2 layers are matched by order alone", target)
+    result = run("port", source, target, *made)
+    refused(result, "2 layers are matched by order alone", target)
+    assert "one/kernel (4, 4)" in result.output
+    assert "norm" not in result.output  # which its name tells
     shown = run("map", f"{__name__}:torch_twins", f"{__name__}:keras_twins", "-o", tmp_path / "map.toml")
     assert shown.exit_code == 0, shown.output
-    assert shown.output.count("by order") == 2
-    done = run("port", source, target, *made, "--map", tmp_path / "map.toml")
+    assert shown.output.count("by order ") == 3  # two rows, and what is to be done about them
+    assert "2 layers are matched by order alone: check them, and then delete" in shown.output
+    with_map = ("port", source, target, *made, "--map", tmp_path / "map.toml")
+    message = (
+        f"dense from 0.* to twins/one/*; dense from 1.* to twins/other/*; check them, and then delete their {NOTE} from"
+    )
+    refused(run(*with_map), message, target)
+    text = (tmp_path / "map.toml").read_text()
+    (tmp_path / "map.toml").write_text(re.sub(f"(, |\\n){NOTE}", "", text))
+    done = run(*with_map)
     assert done.exit_code == 0, done.output
 
 
+NOTE = 'note = "by order"'
+
+
+def test_many_layers_that_nobody_checked_are_counted(checkpoints, tmp_path):
+    pairs = [Pair("same", (f"{i}",), (f"{i}",), note="by order" if i else "") for i in range(6)]
+    Map("torch", "keras", tuple(pairs)).write(tmp_path / "map.toml")
+    source, target = checkpoints / "torch.pt.safetensors", tmp_path / "x.safetensors"
+    result = run("port", source, target, "--map", tmp_path / "map.toml")
+    refused(result, "5 layers are matched by order alone: same from 1 to 1; same from 2")
+    assert "; same from 3 to 3; and 2 more; check them" in result.output
+    Map("torch", "keras", (pairs[1],)).write(tmp_path / "map.toml")
+    refused(run("port", source, target, "--map", tmp_path / "map.toml"), "1 layer is matched by order alone")
+
+
 def torch_twins():
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    layers = {"0": torch.nn.Linear(4, 4), "1": torch.nn.Linear(4, 4), "norm": torch.nn.LayerNorm(4)}
+    model = torch.nn.Sequential()
+    for name, layer in layers.items():
+        model.add_module(name, layer)
     return model, adamp_torch.AdamP(model.parameters())
 
 
 def keras_twins():
     twins = [keras.layers.Dense(4, name=name) for name in ("one", "other")]
-    model = keras.Sequential([keras.Input((4,)), *twins], name="twins")
+    model = keras.Sequential([keras.Input((4,)), *twins, keras.layers.LayerNormalization(name="norm")], name="twins")
     model.compile(adamp_tf.AdamP(), "mse")
     return model
 
@@ -747,6 +858,63 @@ def test_a_keras_setup_that_has_more_is_refused(tmp_path):
     training_of(keras_branches("a", "b", rate=scheduled)).read(tmp_path / "x.keras")
 
 
+def keras_counted(layouts):
+    """A model whose layers Keras names, by how many there are already, and what `layouts` makes of it."""
+    inputs = keras.Input((3,))
+    x = keras.layers.Bidirectional(keras.layers.LSTM(2))(keras.layers.Embedding(7, 4)(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(5)(x))
+    model.compile(adamp_tf.AdamP(HYPER.lr, layouts=layouts(model)), "mse")
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+def test_keras_layouts_are_compared_by_what_they_do(tmp_path):
+    fitting = {
+        "layouts_for": adamp_tf.layouts_for,
+        "rules": lambda model: None,
+        "pattern": lambda model: {"embeddings$": Layout(0)},
+    }
+    for given in fitting.values():
+        written = training_of(keras_counted(given))
+        written.write(tmp_path / "x.keras")
+        written.save_snapshot(tmp_path / "x.safetensors")
+        for own in fitting.values():
+            training = training_of(keras_counted(own))
+            training.read(tmp_path / "x.keras")
+            for ours, theirs in zip(training.model.get_weights(), written.model.get_weights(), strict=True):
+                np.testing.assert_array_equal(ours, theirs)
+
+
+def test_keras_layouts_that_do_something_else_are_refused(tmp_path):
+    def turned(model):
+        return {"embeddings$": Layout(-1)}
+
+    def all_turned(model):
+        return {"kernel$": Layout(0)}
+
+    for given, own, message in (
+        (
+            adamp_tf.layouts_for,
+            turned,
+            r"'embedding_\d+/embeddings' by Layout\(channel=0\) and not by Layout\(channel=-1\)",
+        ),
+        (turned, lambda model: None, r"embeddings' by Layout\(channel=-1\) and not by Layout\(channel=0\)"),
+        (adamp_tf.layouts_for, all_turned, r"lstm_cell/kernel' by .*; and 2 more"),
+    ):
+        training_of(keras_counted(given)).write(tmp_path / "x.keras")
+        with pytest.raises(CheckpointError, match=f"{message}: compile .* layouts=layouts_for") as refusal:
+            training_of(keras_counted(own)).read(tmp_path / "x.keras")
+        assert len(str(refusal.value)) < 700
+
+
+def test_keras_weights_without_a_state_are_refused(tmp_path):
+    model = keras_counted(adamp_tf.layouts_for)
+    model.compile(adamp_tf.AdamP(HYPER.lr, layouts=adamp_tf.layouts_for(model)), "mse")  # and nothing built
+    model.save(tmp_path / "x.keras")
+    with pytest.raises(CheckpointError, match="it belongs to another model or optimizer"):
+        training_of(keras_counted(adamp_tf.layouts_for)).read(tmp_path / "x.keras")
+
+
 def test_what_is_no_training_with_adamp_is_refused():
     model, optimizer = in_torch()
     plain = keras_branches("a", "b")
@@ -765,6 +933,35 @@ def test_what_is_no_training_with_adamp_is_refused():
 
 def optax_of_another():
     return in_linen()._replace(hyperparameters=SGDPHyper(lr=HYPER.lr))
+
+
+def torch_partly_decayed():
+    model, _ = in_torch()
+    groups = [{"params": [x for x in model.parameters() if (x.ndim > 1) == decays]} for decays in (True, False)]
+    groups[1]["weight_decay"] = 0.0
+    return model, adamp_torch.AdamP(groups, lr=HYPER.lr, weight_decay=0.1, nesterov=True)
+
+
+def linen_partly_decayed():
+    return in_linen()._replace(weight_decay_mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params))
+
+
+def test_a_mask_that_an_optax_training_lacks_is_named(tmp_path):
+    training_of(torch_partly_decayed()).write(tmp_path / "x.pt")
+    arguments = (
+        "port",
+        tmp_path / "x.pt",
+        tmp_path / "x.msgpack",
+        "--from",
+        f"{__name__}:torch_partly_decayed",
+        "--to",
+    )
+    refused(
+        run(*arguments, f"{__name__}:in_linen"),
+        "if the transformation has such a mask, give it to the OptaxTraining, too, as weight_decay_mask",
+    )
+    done = run(*arguments, f"{__name__}:linen_partly_decayed")
+    assert done.exit_code == 0, done.output
 
 
 def linen_without_inputs():
@@ -795,7 +992,7 @@ def test_an_optax_training_that_contradicts_itself_is_refused(checkpoints, targe
 def test_a_snapshot_that_fits_both_sides_of_a_map_is_refused(tmp_path):
     path = tmp_path / "x.safetensors"
     training_of(torch_twins()).save_snapshot(path)
-    names = [f"{i}.{name}" for i in range(2) for name in ("weight", "bias")]
+    names = [f"{layer}.{name}" for layer in ("0", "1", "norm") for name in ("weight", "bias")]
     Map("torch", "linen", tuple(Pair("same", (name,), (name,)) for name in names)).write(tmp_path / "map.toml")
     arguments = ("port", path, tmp_path / "y.safetensors", "--map", tmp_path / "map.toml")
     refused(run(*arguments), "fits both sides of the map: give --from or --to")

@@ -45,7 +45,8 @@ from adamp_conformance.second_oracle import verify_vector
 from adamp_conformance.vectors import CorpusError, load, vectors_root
 from adamp_spec import SPEC_VERSION
 
-console = Console()
+# Where no terminal says how wide it is, tables are as wide as they need: a name that is broken is not found by grep.
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 1000)
 
 # The tensors are small and the processes many: threads of their own would only compete.
 _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")

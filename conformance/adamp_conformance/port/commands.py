@@ -7,6 +7,7 @@ import os
 import pkgutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
@@ -21,8 +22,8 @@ from rich.table import Table
 
 from adamp_conformance.port.derive import IN_ORDER, Proposal, propose
 from adamp_conformance.port.inventory import Inventory
-from adamp_conformance.port.maps import SAME, Map, MapError, Place
-from adamp_conformance.port.trainings import SNAPSHOT, Training, training_of
+from adamp_conformance.port.maps import SAME, Map, MapError, Pair, Place
+from adamp_conformance.port.trainings import SNAPSHOT, PortWarning, Training, few, training_of
 from adamp_spec import snapshot
 from adamp_spec.snapshot import SIZES, Snapshot, Tensor
 
@@ -62,11 +63,18 @@ def map_models(console: Console, source: Training, target: Training, output: Pat
 
     Exit codes: 0 every layer has its counterpart; 1 some have not, and are comments in the file.
     """
-    with _refused(console):
+    with _refused(console), _noting(console):
         _check_free(output, force)
         here, there = source.inventory(), target.inventory()
         found = propose(here, there)
-        _print_proposal(console, found, here, there)
+        _print_proposal(console, found, found.map.pairs, here, there)
+        if guessed := _guessed(found.map):
+            console.print(
+                f"{_layers(len(guessed))} matched by order alone: check them, and then delete their {_NOTE} from the "
+                "map, which port refuses until then",
+                soft_wrap=True,
+                highlight=False,
+            )
         if output is not None:
             found.map.write(output, [f"unmatched: {line}" for line in _unmatched(found)])
             console.print(f"written to {output}", highlight=False)
@@ -107,13 +115,13 @@ def port(
     for option, training, file in (("--from", made_source, source), ("--to", made_target, target)):
         if training is None and (path is None or file.suffix != SNAPSHOT):
             raise click.UsageError(f"{option} is needed, unless there is a map and the file is a snapshot ({SNAPSHOT})")
-    with _refused(console):
+    with _refused(console), _noting(console):
         _check_free(target, force or dry_run)
         if made_target:
             made_target.check_suffix(target)
         here = made_source.inventory() if made_source else None
         there = made_target.inventory() if made_target else None
-        plans = _directed(Map.read(path), here, there) if path else [_derived(console, here, there)]
+        plans = _directed(_checked(path), here, there) if path else [_derived(console, here, there)]
         with tempfile.TemporaryDirectory(prefix=".adamp-parity.", dir=target.absolute().parent) as folder:
             given, converted = source, Path(folder) / f"target{SNAPSHOT}"
             if made_source and source.suffix != SNAPSHOT:
@@ -151,6 +159,23 @@ def _refused(console: Console) -> Iterator[None]:
         sys.exit(EXIT_REFUSED)
 
 
+@contextmanager
+def _noting(console: Console) -> Iterator[None]:
+    """Prints our own warnings as notes; those of other libraries stay as they are."""
+    with warnings.catch_warnings():
+        otherwise = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any) -> None:
+            if issubclass(category, PortWarning):
+                console.print(f"[yellow]note[/]: {escape(str(message))}", soft_wrap=True, highlight=False)
+            else:
+                otherwise(message, category, *where)
+
+        warnings.simplefilter("always", PortWarning)
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
+
+
 def _check_free(path: Path | None, force: bool) -> None:
     if path and path.exists() and not force:
         raise FileExistsError(f"{str(path)!r} is there already; --force replaces it")
@@ -160,14 +185,37 @@ def _derived(console: Console, source: Inventory | None, target: Inventory | Non
     assert source is not None
     assert target is not None
     found = propose(source, target)
-    ordered = sum(pair.note == IN_ORDER for pair in found.map.pairs)
-    if ordered or _unmatched(found):
-        _print_proposal(console, found, source, target)
+    guessed = _guessed(found.map)
+    if guessed or _unmatched(found):
+        _print_proposal(console, found, guessed, source, target)
         raise MapError(
-            f"{ordered} layers are matched by order alone, {len(_unmatched(found))} not at all: write the map with "
+            f"{_layers(len(guessed))} matched by order alone, {len(_unmatched(found))} not at all: write the map with "
             "adamp-parity map -o map.toml, check and complete it, and give it with --map"
         )
     return found.map
+
+
+_NOTE = f'note = "{IN_ORDER}"'
+
+
+def _guessed(given: Map) -> list[Pair]:
+    """What order alone tells."""
+    return [pair for pair in given.pairs if pair.note == IN_ORDER]
+
+
+def _layers(count: int) -> str:
+    return "1 layer is" if count == 1 else f"{count} layers are"
+
+
+def _checked(path: Path) -> Map:
+    """The map of a file, in which nothing is left that nobody has checked."""
+    given = Map.read(path)
+    if guessed := _guessed(given):
+        raise MapError(
+            f"{_layers(len(guessed))} matched by order alone: {few([str(pair) for pair in guessed])}; check them, and "
+            f"then delete their {_NOTE} from {str(path)!r}"
+        )
+    return given
 
 
 def _directed(given: Map, source: Inventory | None, target: Inventory | None) -> list[Map]:
@@ -238,15 +286,19 @@ def _size(tensor: Tensor) -> int:
 # ------------------------------------------------------------------------------------------------ tables
 
 
-def _print_proposal(console: Console, found: Proposal, source: Inventory, target: Inventory) -> None:
+def _print_proposal(
+    console: Console, found: Proposal, pairs: Sequence[Pair], source: Inventory, target: Inventory
+) -> None:
+    """These pairs of a proposal, and what is in none."""
     table = _table("source", "row", "target", "matched")
-    for pair in found.map.pairs:
+    for pair in pairs:
         here, there = (
             [f"{name} {x.shapes[name]}" for name in _names(found.map, pair.row, side, places) if name in x.shapes]
             for x, side, places in ((source, found.map.source, pair.source), (target, found.map.target, pair.target))
         )
         _add(table, here, [pair.row], there, [pair.note or "by name"])
-    console.print(table)
+    if pairs:
+        console.print(table)
     for line in _unmatched(found):
         console.print(f"[red]unmatched[/]: {escape(line)}", soft_wrap=True, highlight=False)
 

@@ -27,9 +27,9 @@ import tempfile
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +44,10 @@ class CheckpointError(ValueError):
     """A file that is no checkpoint, is damaged, might run code, or does not fit the training."""
 
 
+class PortWarning(UserWarning):
+    """What goes over otherwise than one might think."""
+
+
 class OptaxTraining(NamedTuple):
     """What a setup function for Optax returns.
 
@@ -54,6 +58,8 @@ class OptaxTraining(NamedTuple):
       inputs: arguments to call the model with, for Linen and Haiku, whose layers are known only then.
       layouts, weight_decay_mask: as the transformation was given.
       others: what the model holds besides: name -> tree, such as `{"batch_stats": ...}`.
+      schedule: the learning rate's schedule, from steps to rate, if the transformation has one. A snapshot's learning
+        rate is then the schedule's at the state's step count, and without it that of `hyperparameters`.
     """
 
     model: Any
@@ -64,6 +70,7 @@ class OptaxTraining(NamedTuple):
     layouts: Any = None
     weight_decay_mask: Any = None
     others: Mapping[str, Any] | None = None
+    schedule: Callable[[int], Any] | None = None
 
 
 class Training(ABC):
@@ -275,6 +282,8 @@ class _Keras(Training):
                 raise ValueError(f"its optimizer has {differing}; compile the model of the setup function with these")
             if not self.model.optimizer.built:
                 self.model.optimizer.build(self.model.trainable_variables)
+            if saved is not None:
+                _check_layouts(saved, self.model.optimizer)
             self.model.save_weights(ours := Path(folder) / "ours.weights.h5")
             _check_stored(stored, _stored(ours))
             warnings.filterwarnings("error", message="Skipping variable loading")
@@ -320,7 +329,7 @@ class _Optax(Training):
             path,
             self.made.params,
             self.made.opt_state,
-            self.made.hyperparameters,
+            self._hyperparameters(),
             weight_decay_mask=self.made.weight_decay_mask,
             layouts=self.made.layouts,
             others=self.made.others,
@@ -329,26 +338,58 @@ class _Optax(Training):
     def load_snapshot(self, path: str | os.PathLike[str]) -> None:
         import adamp_jax
 
-        restored = adamp_jax.load_snapshot(
-            path,
-            self.made.params,
-            self.made.opt_state,
-            weight_decay_mask=self.made.weight_decay_mask,
-            layouts=self.made.layouts,
-            others=self.made.others,
-        )
+        try:
+            restored = adamp_jax.load_snapshot(
+                path,
+                self.made.params,
+                self.made.opt_state,
+                weight_decay_mask=self.made.weight_decay_mask,
+                layouts=self.made.layouts,
+                others=self.made.others,
+            )
+        except SnapshotError as error:
+            if self.made.weight_decay_mask is None and "weight_decay_mask" in str(error):
+                raise SnapshotError(
+                    f"{error}; if the transformation has such a mask, give it to the OptaxTraining, too, as "
+                    "weight_decay_mask"
+                ) from error
+            raise
         given, own = (
             {"algorithm": x.algorithm, **asdict(x)} for x in (restored.hyperparameters, self.made.hyperparameters)
         )
         if differing := {name: x for name, x in given.items() if x != own.get(name) and name != "lr"}:
             raise SnapshotError(f"the snapshot's optimizer has {differing}: make the transformation with these")
-        if given["lr"] != own["lr"]:
+        if given["lr"] != own["lr"] and self.made.schedule is None:
             warnings.warn(
                 f"the snapshot's learning rate is {given['lr']}, and a transformation keeps its own, {own['lr']}: make "
-                "it with the snapshot's, unless a schedule gives it",
+                "it with the snapshot's, unless a schedule gives it (OptaxTraining's `schedule`)",
+                PortWarning,
                 stacklevel=2,
             )
         self.made = self.made._replace(**restored._asdict())
+
+    def _hyperparameters(self) -> Hyper:
+        """Those of the training, with the learning rate of the moment."""
+        import jax
+        import numpy as np
+        import optax
+
+        from adamp_jax._snapshot import _find
+
+        made = self.made
+        if made.schedule is not None:
+            state, *_ = _find(made.params, made.opt_state)
+            rate = np.asarray(made.schedule(int(state.count)))
+            return replace(made.hyperparameters, lr=float(str(rate)))
+        states = jax.tree.leaves(made.opt_state, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
+        if any(isinstance(x, optax.ScaleByScheduleState) for x in states):
+            warnings.warn(
+                f"the transformation has a schedule, and the learning rate that is written is {made.hyperparameters.lr}"
+                ", that of the OptaxTraining's `hyperparameters`: give it `schedule`, too, and it is the schedule's",
+                PortWarning,
+                stacklevel=3,
+            )
+        return made.hyperparameters
 
     def _read(self, path: Path) -> None:
         with _refusing(path):
@@ -484,16 +525,45 @@ def _only(what: str, found: Mapping[str, Any]) -> Any:
 
 def _differing(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """What an optimizer's configuration says otherwise than that of another, if it matters to a step."""
-    while inner := saved["config"].get("inner_optimizer"):
-        saved = inner
-    while inner := own["config"].get("inner_optimizer"):
-        own = inner
+    saved, own = _innermost(saved), _innermost(own)
     given, ours = saved["config"], own["config"]
-    apart = {"name", "variables"}
+    apart = {"name", "variables", "layouts"}
     if not any(isinstance(x.get("learning_rate"), dict) for x in (given, ours)):
         apart.add("learning_rate")  # a number is among the weights; a schedule is not
     differing = {key: given.get(key) for key in sorted({*given, *ours} - apart) if given.get(key) != ours.get(key)}
     return differing | ({} if saved["class_name"] == own["class_name"] else {"class": saved["class_name"]})
+
+
+def _innermost(saved: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of an optimizer, without a LossScaleOptimizer around it."""
+    while inner := saved["config"].get("inner_optimizer"):
+        saved = inner
+    return saved
+
+
+def _check_layouts(saved: dict[str, Any], optimizer: Any) -> None:
+    """Raises ValueError where an optimizer cuts a variable into other rows than the one that was saved did.
+
+    What `layouts` says goes by paths, and in these Keras counts all layers that its process has made. So the saved
+    optimizer's are applied to its own paths, which it keeps, and variables go together in their order, as moments do.
+    """
+    from adamp_tf._layouts import read_table, resolve
+
+    config, own = _innermost(saved)["config"], getattr(optimizer, "inner_optimizer", optimizer)
+    named = [(path, tuple(shape)) for path, shape in config.get("variables", ())]
+    if [shape for _, shape in named] != [shape for _, shape in own._named]:
+        return  # which loading refuses, and says more of
+    given = resolve(named, read_table(config.get("layouts"))).values()
+    differing = []
+    for (path, shape), ours, theirs in zip(own._named, resolve(own._named, own._layouts).values(), given, strict=True):
+        here, there = ours.layout.rows(shape), theirs.layout.rows(shape)
+        if here != there and (here.projects or there.projects):
+            differing.append(f"{path!r} by {theirs.layout} and not by {ours.layout}")
+    if differing:
+        raise ValueError(
+            f"its optimizer decides on {few(differing)}: compile the model of the setup function with "
+            "layouts=layouts_for(model), or with layouts={path: Layout} as in the file"
+        )
 
 
 class _Stored(NamedTuple):
@@ -566,11 +636,33 @@ def _orbax_restored(path: Path) -> Any:
     import jax
     import numpy as np
 
-    orbax = _orbax()
+    orbax, path = _orbax(), _orbax_item(path).absolute()
     with orbax.PyTreeCheckpointer() as checkpointer:
-        known = checkpointer.metadata(path.absolute()).item_metadata.tree
+        known = checkpointer.metadata(path).item_metadata.tree
         how = jax.tree.map(lambda _: orbax.RestoreArgs(restore_type=np.ndarray), known)
-        return checkpointer.restore(path.absolute(), restore_args=how)
+        return checkpointer.restore(path, restore_args=how)
+
+
+def _orbax_item(path: Path) -> Path:
+    """The checkpoint itself, which a CheckpointManager puts into the folder of its step as the item `default`."""
+    for item in (path, path / "default"):
+        if (item / "_METADATA").exists():
+            return item
+    found = [x.parent.relative_to(path) for x in (*path.glob("*/_METADATA"), *path.glob("*/*/_METADATA"))]
+    names = {str(x.parent if x.name == "default" else x) for x in found}
+    raise ValueError(
+        "it has no _METADATA, and so is no checkpoint of Orbax"
+        + (
+            f"; give one of the folders in it that are: {few(sorted(names, key=_counted, reverse=True))}"
+            if names
+            else ""
+        )
+    )
+
+
+def _counted(name: str) -> tuple[Any, ...]:
+    """A name as one counts: 9 before 10."""
+    return tuple((int(x), "") if x.isdigit() else (0, x) for x in re.split(r"(\d+)", name))
 
 
 def _nested(tree: Any) -> dict[str, Any]:
@@ -621,3 +713,8 @@ def _filled(name: str, tree: Any, stored: Any) -> Any:
 
 def _is_of(module: str, x: Any) -> bool:
     return any(f"{each.__module__}.".startswith(f"{module}.") for each in type(x).__mro__)
+
+
+def few(texts: Sequence[str]) -> str:
+    """The first of them, and how many more there are."""
+    return "; ".join(texts[:3]) + (f"; and {len(texts) - 3} more" if len(texts) > 3 else "")

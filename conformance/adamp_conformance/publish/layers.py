@@ -11,11 +11,12 @@ _HEAD = """# Layers and layouts
 Which axes of each framework's weights are the channels, and how its weights become another's. Written from
 `spec/layouts.toml` by `python -m adamp_conformance.publish.layers`; tests prove each row with the real layers.
 
-UPPER CASE marks the axes that index the rows; `(a b)` is one axis of size a*b, `...` the spatial axes, `~` an axis that
-lies backwards. `a[q]` is the part q of a; `a + b` a sum, which has no way back; what `;` separates is joined along the
-first axis. "Declare" marks what the optimizer must be told; "by name" what it knows only under the name that the
-framework gives the layer; "by class" what `adamp_tf.layouts_for` knows and a path does not tell.
-`adamp_conformance.layers.convert` carries weights and moments over, `layouts` gives the layouts.
+A heading has the row's name, by which [maps](porting.md) call it. UPPER CASE marks the axes that index the rows; `(a
+b)` is one axis of size a*b, `...` the spatial axes, `~` an axis that lies backwards. `a[q]` is the part q of a; `a +
+b` a sum, which has no way back; what `;` separates is joined along the first axis. "Declare" marks what the optimizer
+must be told; "by name" what it knows only under the name that the framework gives the layer; "by class" what
+`adamp_tf.layouts_for` knows and a path does not tell. `adamp_conformance.layers.convert` carries weights and moments
+over, `layouts` gives the layouts.
 """
 
 
@@ -23,7 +24,7 @@ def markdown() -> str:
     """The table for readers, `docs/layouts.md`."""
     lines = [_HEAD]
     for row in rows().values():
-        lines += [f"## {row.title[0].upper()}{row.title[1:]}", ""]
+        lines += [f"## `{row.name}`: {row.title}", ""]
         lines += [f"Parts of `{row.part_axis}` in PyTorch's order: {' '.join(row.parts)}.", ""] if row.part_axis else []
         lines += ["| | layer | parameter | is | layout | |", "| --- | --- | --- | --- | --- | --- |"]
         for framework, form in row.forms.items():
