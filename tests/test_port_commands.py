@@ -1050,7 +1050,13 @@ def test_the_page_does_what_it_says(tmp_path, monkeypatch):
         if i == 0:
             assert "unmatched: source layer '5' (Linear: 5.weight, 5.bias)" in result.output
             derived = Map.read("map.toml")
+            doubtful = '# [[layer]]\n# row = "dense"\n# source = "5.*"\n# target = "head/*"\n'
+            assert doubtful in Path("map.toml").read_text()
+            with open("map.toml", "a") as file:
+                file.write(toml[toml.rindex("[[layer]]") :])
+            completed = Map.read("map.toml")
             Path("map.toml").write_text(toml)
+            assert [replace(pair, note="") for pair in completed.pairs] == list(Map.read("map.toml").pairs)
     np.testing.assert_allclose(got(), wanted, rtol=1e-5, atol=1e-6)
 
     # Why the page has a row of its own, and why the plain one is not derived.

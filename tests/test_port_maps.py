@@ -1,5 +1,6 @@
 """Maps: a snapshot goes over and comes back bit for bit, and what is no bijection or another optimizer is refused."""
 
+import re
 import tracemalloc
 from dataclasses import replace
 
@@ -336,10 +337,15 @@ def test_a_file_holds_all_of_a_map(tmp_path):
 def test_a_file_takes_further_layers(count, tmp_path):
     """However few and short those are that it has: they are never written in one line."""
     pairs = tuple(Pair("dense", (f"{i}.*",), (f"d{i}/*",), {"m": 1} if i else {}) for i in range(count))
-    Map("torch", "keras", pairs).write(tmp_path / "map.toml", ["unmatched: the last"])
+    doubtful = Pair("lstm", ("r.*",), ("r/*",), {"m": 2}, zero=("bias_hh",))
+    Map("torch", "keras", pairs).write(tmp_path / "map.toml", ["unmatched: the last"], [doubtful])
     with open(tmp_path / "map.toml", "a") as file:
         file.write('[[layer]]\nrow = "conv"\nsource = "x.*"\ntarget = "y/*"\n')
-    assert Map.read(tmp_path / "map.toml").pairs == (*pairs, Pair("conv", ("x.*",), ("y/*",)))
+    added = Pair("conv", ("x.*",), ("y/*",))
+    assert Map.read(tmp_path / "map.toml").pairs == (*pairs, added)
+    text = (tmp_path / "map.toml").read_text()
+    (tmp_path / "map.toml").write_text(re.sub(r"(?m)^# (?!unmatched)", "", text))
+    assert Map.read(tmp_path / "map.toml").pairs == (*pairs, doubtful, added)
 
 
 @pytest.mark.parametrize(

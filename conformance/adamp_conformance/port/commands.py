@@ -76,7 +76,7 @@ def map_models(console: Console, source: Training, target: Training, output: Pat
                 highlight=False,
             )
         if output is not None:
-            found.map.write(output, [f"unmatched: {line}" for line in _unmatched(found)])
+            found.map.write(output, [f"unmatched: {line}" for line in _unmatched(found)], found.doubtful)
             console.print(f"written to {output}", highlight=False)
     sys.exit(EXIT_REFUSED if _unmatched(found) else 0)
 

@@ -34,11 +34,13 @@ class Proposal(NamedTuple):
     Attributes:
       map: its pairs are in the target's order.
       unmatched_source, unmatched_target: the layers in no pair; where there are none, the map is complete.
+      doubtful: pairs of these that fit, if nothing is flattened or reshaped at them.
     """
 
     map: Map
     unmatched_source: tuple[Unmatched, ...]
     unmatched_target: tuple[Unmatched, ...]
+    doubtful: tuple[Pair, ...]
 
 
 def propose(source: Inventory, target: Inventory) -> Proposal:
@@ -149,11 +151,12 @@ class _Matching:
         turned = (self.sides[0].framework in _CHANNELS_FIRST) != (self.sides[1].framework in _CHANNELS_FIRST)
         images = any(inventory.images for inventory in self.sides)
         marked = [flattened(inventory, images) if turned else set() for inventory in self.sides]
-        kept = []
+        kept, doubtful = [], []
         for found in sorted(self.found, key=lambda each: each.items[1].places[0]):
             if not any(places & set(item.places) for places, item in zip(marked, found.items, strict=True)):
                 kept.append(found.pair)
                 continue
+            doubtful.append(found.pair)
             for own, item, other in zip(unmatched, found.items, found.items[::-1], strict=True):
                 why = _FLATTENED.format(other=other.path, row=found.pair.row)
                 own.extend(Unmatched(layer, why) for layer in item.layers)
@@ -161,7 +164,7 @@ class _Matching:
             items, others = self.left(side), self.left(1 - side)
             unmatched[side].extend(Unmatched(x.layers[0], self._why(side, x, items, others)) for x in items)
         source, target = (inventory.framework for inventory in self.sides)
-        return Proposal(Map(source, target, tuple(kept)), *map(tuple, unmatched))
+        return Proposal(Map(source, target, tuple(kept)), tuple(unmatched[0]), tuple(unmatched[1]), tuple(doubtful))
 
     def _why(self, side: int, item: _Item, own: Sequence[_Item], others: Sequence[_Item]) -> str:
         """Why an item is left, among its own and those of the other model."""
@@ -256,7 +259,7 @@ _OTHER_KIND = "another kind"
 _FLATTENED = (
     "is {other!r}, but one of them takes or gives other features than the layers around it: after Flatten or before "
     "Reshape these are in another order there, so write its row (docs/porting.md); if nothing is flattened or reshaped "
-    "there, its row is {row!r}: write it into the map"
+    "there, its row is {row!r}, which the map's file has as a comment"
 )
 _CHANNELS_FIRST = {"torch", "equinox"}
 _WOULD_BE = "would be "

@@ -70,6 +70,17 @@ class Pair:
     def __str__(self) -> str:
         return f"{self.row} from {_written(self.source)} to {_written(self.target)}"
 
+    def toml(self) -> str:
+        """Its table in a map file, `[[layer]]`, to which others can be added."""
+
+        def plain(places: tuple[Place, ...]) -> Any:
+            return places[0] if len(places) == 1 else list(places)
+
+        entry = {"row": self.row, "source": plain(self.source), "target": plain(self.target)}
+        options = {"sizes": dict(self.sizes), "zero": list(self.zero), "stack": self.stack, "note": self.note}
+        written = tomli_w.dumps({"layer": entry | {name: value for name, value in options.items() if value}})
+        return written.replace("[layer]", "[[layer]]", 1)  # alone, tomli_w may write all in one line
+
 
 @dataclass(frozen=True)
 class Map:
@@ -110,27 +121,13 @@ class Map:
             pairs.append(Pair(**{**entry, **places, "zero": tuple(entry.get("zero", ()))}))
         return cls(table["source"], table["target"], tuple(pairs), table.get("rows", {}))
 
-    def write(self, path: str | os.PathLike[str], comments: Sequence[str] = ()) -> None:
-        """Writes what `read` reads, and comments after it; layers can be added, as each is a `[[layer]]`."""
-        table = self.to_dict()
-        entries = [tomli_w.dumps({"layer": entry}).replace("[layer]", "[[layer]]", 1) for entry in table.pop("layer")]
-        rows = [tomli_w.dumps({"rows": table.pop("rows")})] if self.rows else []
-        lines = "".join(f"# {comment}\n" for comment in comments)
-        Path(path).write_text("\n".join([tomli_w.dumps(table), *entries, *rows, lines]).rstrip("\n") + "\n")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The map as TOML has it."""
-
-        def plain(places: tuple[Place, ...]) -> Any:
-            return places[0] if len(places) == 1 else list(places)
-
-        entries = []
-        for pair in self.pairs:
-            entry = {"row": pair.row, "source": plain(pair.source), "target": plain(pair.target)}
-            options = {"sizes": dict(pair.sizes), "zero": list(pair.zero), "stack": pair.stack, "note": pair.note}
-            entries.append(entry | {name: value for name, value in options.items() if value})
-        rows = {"rows": self.rows} if self.rows else {}
-        return {"source": self.source, "target": self.target, "layer": entries, **rows}
+    def write(self, path: str | os.PathLike[str], comments: Sequence[str] = (), doubtful: Sequence[Pair] = ()) -> None:
+        """Writes what `read` reads, and comments after it, among them pairs that may have to be added."""
+        head = tomli_w.dumps({"source": self.source, "target": self.target})
+        rows = [tomli_w.dumps({"rows": self.rows})] if self.rows else []
+        lines = [*comments, *(line for pair in doubtful for line in ("", *pair.toml().splitlines()))]
+        parts = [head, *(pair.toml() for pair in self.pairs), *rows, "".join(f"# {x}".rstrip() + "\n" for x in lines)]
+        Path(path).write_text("\n".join(part for part in parts if part))
 
     def reversed(self) -> Map:
         """The way back."""

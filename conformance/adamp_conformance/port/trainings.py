@@ -650,14 +650,9 @@ def _orbax_item(path: Path) -> Path:
             return item
     found = [x.parent.relative_to(path) for x in (*path.glob("*/_METADATA"), *path.glob("*/*/_METADATA"))]
     names = {str(x.parent if x.name == "default" else x) for x in found}
-    raise ValueError(
-        "it has no _METADATA, and so is no checkpoint of Orbax"
-        + (
-            f"; give one of the folders in it that are: {few(sorted(names, key=_counted, reverse=True))}"
-            if names
-            else ""
-        )
-    )
+    steps = few(sorted(names, key=_counted, reverse=True))
+    inside = f"; give one of the folders in it that are: {steps}" if names else ""
+    raise ValueError(f"it has no _METADATA, and so is no checkpoint of Orbax{inside}")
 
 
 def _counted(name: str) -> tuple[Any, ...]:
