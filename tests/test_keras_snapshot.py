@@ -78,7 +78,7 @@ class Odd(layers.Layer):
     """Variables of every dtype, some of them empty, without axes or of a size that threads share unevenly."""
 
     def build(self, _):
-        trained = [("float32", (257, 4099)), ("bfloat16", ()), ("float16", (0, 3)), ("float64", (3, 1, 5))]
+        trained = [("float32", (257, 3077)), ("bfloat16", ()), ("float16", (0, 3)), ("float64", (3, 1, 5))]
         kept = [(x, (3, 5)) for x in ("bool", "int8", "uint8", "int16", "int64", "uint32", "bfloat16")]
         for i, (dtype, shape) in enumerate(trained + kept):
             self.add_weight(name=f"w{i}", shape=shape, dtype=dtype, initializer="zeros", trainable=i < len(trained))
@@ -94,7 +94,9 @@ def test_every_dtype_and_shape_comes_back(tmp_path):
         models.append(compiled(keras.Sequential([keras.Input((1,)), Odd(name="odd")], name="all"), MAKERS["adamp"]()))
         models[-1].optimizer.build(models[-1].trainable_variables)
         for variable in [*models[-1].variables, *models[-1].optimizer._momentums, *models[-1].optimizer._velocities]:
-            variable.assign(keras.ops.cast(random.integers(0, 100, variable.shape), variable.dtype))
+            numbers = random.integers(0, 2 if variable.dtype == "bool" else 100, variable.shape)
+            variable.assign(keras.ops.cast(numbers, variable.dtype))
+    assert not any(same([a], [b]) for a, b in zip(*map(everything, models), strict=True) if a.size > 1)
     save_snapshot(tmp_path / "x", models[0])
     load_snapshot(tmp_path / "x", models[1])
     assert same(*map(everything, models))

@@ -671,7 +671,7 @@ def test_what_order_alone_tells_must_be_checked_before(tmp_path, target):
     )
     refused(run(*with_map), message, target)
     text = (tmp_path / "map.toml").read_text()
-    (tmp_path / "map.toml").write_text(re.sub(f"(, |\\n){NOTE}", "", text))
+    (tmp_path / "map.toml").write_text(text.replace(f"\n{NOTE}", ""))
     done = run(*with_map)
     assert done.exit_code == 0, done.output
 

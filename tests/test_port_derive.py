@@ -629,6 +629,36 @@ def test_numbers_that_a_library_gives_are_no_names():
         assert pairs[0].target == (first,)
 
 
+class Block(kl.Layer):
+    def __init__(self):
+        super().__init__()
+        self.fc = kl.Dense(4, name="fc")
+
+    def call(self, x):
+        return self.fc(x)
+
+
+class Named(linen.Module):
+    def setup(self):
+        self.dense, self.dense_1 = linen.Dense(4), linen.Dense(4)
+
+    def __call__(self, x):
+        return self.dense(self.dense_1(x))
+
+
+def test_numbers_of_what_contains_a_layer_are_no_names_and_those_that_somebody_gave_are():
+    source = torch_named(**{f"block_{i}": nn.ModuleDict({"fc": nn.Linear(4, 4)}) for i in (1, 2, 3)})
+    pairs = complete(source, keras_named(Block(), Block(), Block()))
+    assert [(pair.source, pair.note) for pair in pairs] == [((f"block_{i}.fc.*",), IN_ORDER) for i in (1, 2, 3)]
+    x = np.zeros((1, 4), np.float32)
+    named = linen_inventory(Named(), Named().init(jax.random.key(0), x)["params"], None, (x,))
+    pairs = complete(torch_named(dense=nn.Linear(4, 4), dense_1=nn.Linear(4, 4)), named)
+    assert {(pair.source, pair.target, pair.note) for pair in pairs} == {
+        (("dense.*",), ("dense/*",), ""),
+        (("dense_1.*",), ("dense_1/*",), ""),
+    }
+
+
 def uncounted():
     layer = nn.BatchNorm1d(4)
     layer.num_batches_tracked = None  # which the way back would make
@@ -896,6 +926,13 @@ def nnx_like(**modules):
                 "out": nn.Linear(64, 1),
             },
         ),
+        (  # the count is suspicious before it is known to be, too
+            "vector policy value",
+            {
+                **{"conv": nn.Conv2d(1, 4, 3), "vector": nn.Linear(10, 64), "policy": nn.Linear(64, 6)},
+                **{"second": nn.Conv2d(4, 4, 3), "value": nn.Linear(64, 64)},
+            },
+        ),
         (
             "",
             {
@@ -961,3 +998,45 @@ def test_a_model_of_images_without_convolutions_is_left_to_the_user_where_they_a
     on_vectors = keras.Sequential([keras.Input((192,)), kl.Dense(32), kl.Dense(10)])
     assert not propose(torch_inventory(nn.Sequential(*dense)), keras_inventory(on_vectors)).unmatched_source
     assert propose(torch_inventory(nn.Sequential(nn.Flatten(), *dense)), keras_inventory(on_vectors)).unmatched_source
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.parts = [kl.Flatten(), kl.Dense(32), kl.Dense(10)]
+
+    def call(self, x):
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+def test_a_subclassed_model_tells_by_its_layers_that_it_flattens():
+    there = Subclassed()
+    there(np.zeros((1, 8, 8, 3), np.float32))
+    found = propose(torch_inventory(nn.Sequential(nn.Linear(192, 32), nn.Linear(32, 10))), keras_inventory(there))
+    assert ["after Flatten" in x.why for x in found.unmatched_source] == [True]
+
+
+@pytest.mark.parametrize("told", ["torch", "keras", "output"])
+def test_what_makes_images_in_the_end_is_left_to_the_user(told):
+    made = [nn.Unflatten(1, (3, 8, 8))] if told == "torch" else []
+    here = nn.Sequential(nn.Linear(4, 32), nn.Linear(32, 192), *made)
+    parts = [keras.Input((4,)), kl.Dense(32), kl.Dense(192)]
+    if told != "torch":
+        parts.append(kl.Reshape((8, 8, 3)))
+    if told == "keras":
+        parts += [kl.Flatten()]
+    found = propose(torch_inventory(here), keras_inventory(keras.Sequential(parts)))
+    assert [x.layer.path for x in found.unmatched_source] == ["0", "1"]  # what takes the inputs is not known, either
+
+
+def test_inputs_may_be_no_arrays():
+    class Switched(linen.Module):
+        @linen.compact
+        def __call__(self, x, train):
+            return linen.Dropout(0.5, deterministic=not train)(linen.Dense(3)(x))
+
+    x = np.zeros((1, 4), np.float32)
+    params = Switched().init(jax.random.key(0), x, False)["params"]
+    assert [layer.kind for layer in linen_inventory(Switched(), params, None, (x, False)).layers] == ["Dense"]

@@ -89,6 +89,7 @@ class _Matching:
         self.sides = source, target
         self.found: list[_Found] = []
         self._fits: dict[tuple, _Fit | str] = {}
+        self._counted = _counted(source), _counted(target)
 
     def left(self, side: int) -> list[_Item]:
         """The layers of the source, 0, or the target, 1, that are in no pair."""
@@ -102,16 +103,20 @@ class _Matching:
             self._fits[key] = _fit(self.sides[0], source, self.sides[1], target)
         return self._fits[key]
 
+    def _names(self, side: int, item: _Item, prefix: tuple[str, ...]) -> set[tuple[str, ...]]:
+        """What somebody called an item, with and without the model's own name; nothing where a library did."""
+        words = _words(item.path)
+        return set() if item.places[0] in self._counted[side] else {words, words[len(prefix) :]}
+
     def match(self, sources: list[_Item], targets: list[_Item]) -> None:
         """Adds the pairs that names tell, and then those that order tells."""
-        here, there = self.sides
-        for ours, theirs in (((), ()), (_prefix(here), _prefix(there))):
+        for ours, theirs in (((), ()), (_prefix(self.sides[0]), _prefix(self.sides[1]))):
             named: dict[tuple[str, ...], list[_Item]] = {}
             for item in sources:
-                for words in _names(item, here.framework, ours):
+                for words in self._names(0, item, ours):
                     named.setdefault(words, []).append(item)
             for target in list(targets):
-                same = [x for words in _names(target, there.framework, theirs) for x in named.get(words, ())]
+                same = [x for words in self._names(1, target, theirs) for x in named.get(words, ())]
                 fitting = {x.places: x for x in same if x in sources and isinstance(self.fit(x, target), _Fit)}
                 if len(fitting) == 1:
                     (source,) = fitting.values()
@@ -149,8 +154,8 @@ class _Matching:
         """The map without the pairs whose row may be another, and why layers are in none."""
         unmatched: tuple[list[Unmatched], list[Unmatched]] = ([], [])
         turned = (self.sides[0].framework in _CHANNELS_FIRST) != (self.sides[1].framework in _CHANNELS_FIRST)
-        images = any(inventory.images for inventory in self.sides)
-        marked = [flattened(inventory, images) if turned else set() for inventory in self.sides]
+        takes, makes = any(x.takes_images for x in self.sides), any(x.makes_images for x in self.sides)
+        marked = [flattened(inventory, takes, makes) if turned else set() for inventory in self.sides]
         kept, doubtful = [], []
         for found in sorted(self.found, key=lambda each: each.items[1].places[0]):
             if not any(places & set(item.places) for places, item in zip(marked, found.items, strict=True)):
@@ -184,9 +189,6 @@ class _Matching:
 # ------------------------------------------------------------------------------------------------ names
 
 
-_NUMBERING = {"keras", "linen", "haiku"}  # call unnamed layers by class and number: dense_1, which may be any's name
-
-
 def _words(path: str) -> tuple[str, ...]:
     return tuple(re.findall(r"[^\W_]+", path.lower()))
 
@@ -198,13 +200,28 @@ def _prefix(inventory: Inventory) -> tuple[str, ...]:
     return _words("/".join(each[0] for each in shared))
 
 
-def _names(item: _Item, framework: str, prefix: tuple[str, ...]) -> set[tuple[str, ...]]:
-    """What somebody called it, with and without the model's own name; nothing where its framework has numbered it."""
-    last = item.path.rpartition("/")[2]
-    if framework in _NUMBERING and re.sub(r"_\d+$", "", last).replace("_", "").lower() == item.layers[0].kind.lower():
+def _counted(inventory: Inventory) -> set[int]:
+    """The layers in whose paths is a name that the library gives by class and number, which may be any's name.
+
+    Linen says Dense_0, Dense_1. Keras and Haiku say dense, dense_1: known by the layer's class, and of what contains it
+    by one without a number beside those with one; Keras goes on counting in the next model.
+    """
+    if inventory.framework not in ("keras", "linen", "haiku"):
         return set()
-    words = _words(item.path)
-    return {words, words[len(prefix) :]}
+    parts = [layer.path.split("/") for layer in inventory.layers]
+    found = {"/".join(names[:n]) for names in parts for n in range(1, len(names) + 1)}
+    if inventory.framework == "linen":
+        counted = {path for path in found if re.search(r"(^|/)[A-Z][^/]*_\d+$", path)}
+    else:
+        bare = {path: re.sub(r"_\d+$", "", path) for path in found}
+        counted = {path for path, name in bare.items() if path != name and name in found}
+        counted |= {bare[path] for path in counted}
+        counted |= {
+            layer.path
+            for layer in inventory.layers
+            if bare[layer.path].rpartition("/")[2].replace("_", "") == layer.kind.lower()
+        }
+    return {i for i, names in enumerate(parts) if any("/".join(names[:n]) in counted for n in range(1, len(names) + 1))}
 
 
 def _own_name(item: _Item) -> tuple[str, ...]:
@@ -259,7 +276,7 @@ _OTHER_KIND = "another kind"
 _FLATTENED = (
     "is {other!r}, but one of them takes or gives other features than the layers around it: after Flatten or before "
     "Reshape these are in another order there, so write its row (docs/porting.md); if nothing is flattened or reshaped "
-    "there, its row is {row!r}, which the map's file has as a comment"
+    "there, its row is {row!r}: adamp-parity map -o writes that as a comment, to be uncommented"
 )
 _CHANNELS_FIRST = {"torch", "equinox"}
 _WOULD_BE = "would be "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import NamedTuple
@@ -25,29 +25,41 @@ class _Features(NamedTuple):
     given: set[int]
 
 
-def flattened(inventory: Inventory, images: bool = False) -> set[int]:
+def flattened(inventory: Inventory, takes_images: bool = False, makes_images: bool = False) -> set[int]:
     """The places of the layers before which images may be flattened, or of whose outputs images may be made.
 
     Layers may come in another order than they are called in, and what is between them is not known. So a layer of
     features is above suspicion only if it takes what the one before it gives, or takes itself from somewhere above
-    suspicion: a count that some layer takes of flattened images is suspicious everywhere. Norms, of which models are
+    suspicion: a count that one of them takes of flattened images is suspicious in all. Norms, of which models are
     declared in many orders, may follow any layer that gives as much. What gives images must give their channels.
 
     Args:
       inventory: of the model.
-      images: whether there may be images though there are no convolutions.
+      takes_images: whether there may be images though there are no convolutions.
+      makes_images: whether the last layer of features may give images.
     """
     features = [_features(inventory, layer) for layer in inventory.layers]
-    channels = {n for x in features if x.kind == "conv" for n in x.taken}
-    if not channels and not images:
+    if not takes_images and not makes_images and all(x.kind != "conv" for x in features):
         return set()
+    suspicious: set[int] = set()
+    while True:
+        found, taken = _found(features, suspicious, makes_images)
+        if taken <= suspicious:
+            return found
+        suspicious |= taken
+
+
+def _found(features: Sequence[_Features], suspicious: set[int], makes_images: bool) -> tuple[set[int], set[int]]:
+    """What `flattened` returns if these counts are suspicious, and the counts that suspects take."""
+    channels = {n for x in features if x.kind == "conv" for n in x.taken}
+    last = max((i for i, x in enumerate(features) if x.kind == "dense"), default=None)
     found: set[int] = set()
+    taken: set[int] = set()
     given: set[int] = set()  # by any layer before
     offered: set[int] = set()  # by the layer before, norms aside, and by what it has taken from
-    suspicious: set[int] = set()
 
     def agree(own: set[int], others: set[int]) -> bool:
-        return not own or bool(own & (others - suspicious | {1}))  # one feature has no order
+        return not own or bool(own & (others | {1}))  # one feature has no order
 
     for i, x in enumerate(features):
         norm = x.kind == "norm"
@@ -55,23 +67,26 @@ def flattened(inventory: Inventory, images: bool = False) -> set[int]:
         before, after = (y if y.kind == "conv" != x.kind else None for y in near)
         if norm and before and after:  # it may be of either, and after a concatenation
             before = after = None
-        gives = after is None or agree(x.given, after.taken)
+        if after is not None:
+            gives = agree(x.given, after.taken)
+        else:
+            gives = not (makes_images and i == last) or agree(x.given, set())
         if x.kind == "conv":
             takes = True
         elif norm:
             takes = agree(x.taken, given | channels) and (before is None or agree(x.taken, before.given))
         else:
-            takes = agree(x.taken, offered)
+            takes = agree(x.taken, offered - suspicious)
         if not (gives and takes):
             found.add(i)
         if not takes:
-            suspicious |= x.taken
+            taken |= x.taken
         if norm:
             continue
         if gives:
             given |= x.given
         offered = (x.given if gives else set()) | (x.taken if takes and x.kind != "conv" else set())
-    return found
+    return found, taken
 
 
 def _features(inventory: Inventory, layer: Layer) -> _Features:

@@ -52,15 +52,16 @@ class Inventory(NamedTuple):
       framework: one of `adamp_conformance.layers.FRAMEWORKS`.
       shapes: name in the model -> shape, of every tensor that a snapshot holds.
       trained: the names of those that the optimizer steps.
-      images: whether something other than its layers tells that it may take or make images: inputs of four axes or
-        more, a module that flattens.
+      takes_images, makes_images: whether something besides its convolutions tells so: inputs or outputs of four axes or
+        more, a layer that flattens or reshapes.
     """
 
     framework: str
     layers: tuple[Layer, ...]
     shapes: Mapping[str, tuple[int, ...]]
     trained: frozenset[str]
-    images: bool = False
+    takes_images: bool = False
+    makes_images: bool = False
 
     def shapes_of(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         """The shapes of a layer's tensors by their names in the layer."""
@@ -116,8 +117,10 @@ def torch_inventory(model: Any, trained: Iterable[str] | None = None) -> Invento
                     cell = path if alone else f"{prefix}l{layer}{way}"
                     yield _Found(cell, (f"{prefix}*_l{layer}{way}",), module, kind)
 
-    images = any(isinstance(module, torch.nn.Flatten | torch.nn.Unflatten) for module in model.modules())
-    return _inventory("torch", found(), shapes, names)._replace(images=images)
+    flattens, makes = (
+        any(isinstance(x, kind) for x in model.modules()) for kind in (torch.nn.Flatten, torch.nn.Unflatten)
+    )
+    return _inventory("torch", found(), shapes, names)._replace(takes_images=flattens, makes_images=makes)
 
 
 def keras_inventory(model: Any) -> Inventory:
@@ -126,6 +129,8 @@ def keras_inventory(model: Any) -> Inventory:
     Raises:
       ValueError: the model is not built.
     """
+    import keras
+
     if not model.built:
         raise ValueError(f"{model.name!r} is not built; call it on data or model.build(input_shape) first")
     variables = {x.path: x for x in model.variables if x.name != "seed_generator_state"}  # random states
@@ -137,8 +142,13 @@ def keras_inventory(model: Any) -> Inventory:
 
     trained = {x.path for x in model.trainable_variables}
     shapes = {path: tuple(x.shape) for path, x in variables.items()}
-    images = _images(getattr(model, "inputs", None) or ())  # a subclassed model has none
-    return _inventory("keras", found(model), shapes, trained)._replace(images=images)
+    inputs, outputs = getattr(model, "inputs", None), getattr(model, "outputs", None)  # a subclassed model has none
+    flattens = any(isinstance(x, keras.layers.Flatten) for x in model._flatten_layers())
+    reshapes = [x.target_shape for x in model._flatten_layers() if isinstance(x, keras.layers.Reshape)]
+    return _inventory("keras", found(model), shapes, trained)._replace(
+        takes_images=_images(inputs) if inputs else flattens,
+        makes_images=_images(outputs or ()) or any(1 not in (x[-1], x[-2]) for x in reshapes if len(x) > 2),
+    )
 
 
 def nnx_inventory(model: Any, params: Any, others: Any = None) -> Inventory:
@@ -182,7 +192,7 @@ def linen_inventory(module: Any, params: Any, others: Any = None, inputs: tuple[
     with linen.intercept_methods(watch):
         jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))
     found = (_Found(path, trees.patterns(path), x) for path, x in seen.items())
-    return trees.inventory("linen", found)._replace(images=_images(jax.tree.leaves(inputs)))
+    return trees.inventory("linen", found)._replace(takes_images=_images(jax.tree.leaves(inputs)))
 
 
 def equinox_inventory(model: Any, params: Any, others: Any = None) -> Inventory:
@@ -232,7 +242,7 @@ def haiku_inventory(transformed: Any, params: Any, others: Any = None, inputs: t
     with hk.intercept_methods(watch):
         jax.eval_shape(lambda: transformed.init(jax.random.key(0), *inputs))
     found = (_Found(path, trees.patterns(path), x) for path, x in seen.items())
-    return trees.inventory("haiku", found)._replace(images=_images(jax.tree.leaves(inputs)))
+    return trees.inventory("haiku", found)._replace(takes_images=_images(jax.tree.leaves(inputs)))
 
 
 def classes(form: Form, framework: str) -> frozenset[str]:
@@ -313,8 +323,8 @@ def _inventory(
     return Inventory(framework, tuple(layers), dict(shapes), frozenset(trained))
 
 
-def _images(inputs: Iterable[Any]) -> bool:
-    return any(len(x.shape) > 3 for x in inputs)
+def _images(tensors: Iterable[Any]) -> bool:
+    return any(np.ndim(x) > 3 for x in tensors)
 
 
 @cache
