@@ -134,7 +134,7 @@ def _hyperparameters(optimizer: ProjectedOptimizer) -> tuple[str, Hyper]:
 def _tensor(name: str, x: Any) -> snapshot.Tensor:
     def read() -> np.ndarray:
         # convert_to_numpy copies. It is needed on torch, where NumPy knows neither bfloat16 nor devices, and for
-        # scalars, of which it takes no bfloat16 one from TensorFlow.
+        # scalars, which NumPy does not take from TensorFlow in bfloat16.
         copied = backend() == "torch" or not x.ndim
         on_host = ops.convert_to_numpy(x) if copied else np.asarray(ops.stop_gradient(x.value))
         return on_host.astype(np.dtype(standardize_dtype(x.dtype)), copy=False)

@@ -49,6 +49,10 @@ class Rows:
         """Shape of one decision per slice: `shape` with every axis but the batch axes set to 1."""
         return tuple(size if axis in self.batch else 1 for axis, size in enumerate(self.shape))
 
+    def decides_as(self, other: Rows) -> bool:
+        """Whether a tensor is stepped alike by both: the same rows, or neither projects."""
+        return self == other or not (self.projects or other.projects)
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -215,8 +215,7 @@ class Snapshot:
                     f"{name!r}, {self.groups[entry.group]}: make two groups of it "
                     "(weight_decay_mask in Optax, exclude_from_weight_decay in Keras)"
                 )
-            saved, own = entry.layout.rows(place.shape), place.layout.rows(place.shape)
-            if saved != own and (saved.projects or own.projects):
+            if not entry.layout.rows(place.shape).decides_as(place.layout.rows(place.shape)):
                 apart[name] = entry.layout, place.layout
         if apart:
             there, here = (", ".join(f"{name!r}: {x[i]}" for name, x in apart.items()) for i in (0, 1))

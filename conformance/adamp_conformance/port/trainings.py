@@ -556,8 +556,7 @@ def _check_layouts(saved: dict[str, Any], optimizer: Any) -> None:
     given = resolve(named, read_table(config.get("layouts"))).values()
     differing = []
     for (path, shape), ours, theirs in zip(own._named, resolve(own._named, own._layouts).values(), given, strict=True):
-        here, there = ours.layout.rows(shape), theirs.layout.rows(shape)
-        if here != there and (here.projects or there.projects):
+        if not ours.layout.rows(shape).decides_as(theirs.layout.rows(shape)):
             differing.append(f"{path!r} by {theirs.layout} and not by {ours.layout}")
     if differing:
         raise ValueError(
